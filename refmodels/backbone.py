@@ -1,0 +1,344 @@
+"""What the three backbones share: constructor arguments, checked inputs, parameters, counting, the run on an accelerator."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from refmodels.accelerator import Accelerator, find
+from refmodels.op import Array, Params, executing
+from refmodels.ops.linear import embedding, linear, logits_from_embeddings
+from refmodels.ops.precision import POLICIES, compute_dtype, numpy_dtype, variable_dtype
+from refmodels.parameters import Parameter, count, draw
+
+Generator = np.random.Generator
+
+OPTIONS = {"name": None, "trainable": True, "accelerator": None, "seed": None}
+"""What every constructor takes beside the documented arguments: a label, a flag that is kept, where to run, the random seed."""
+
+LARGEST_SIZE = 10_000_000
+"""No dimension of a published model comes near; a larger one is a corrupt config."""
+
+
+def check_config(config: Any, *, optional: tuple[str, ...] = ()) -> None:
+    """Check the fields of a config by their type: sizes positive, dropout in [0, 1), epsilon positive, flags boolean."""
+    for field in fields(config):
+        value, label = getattr(config, field.name), f"{type(config).__name__.removesuffix('Config')} {field.name}"
+        if field.name == "dtype":
+            if value not in POLICIES:
+                raise ValueError(f"{label} must be one of {', '.join(POLICIES)}, got {value!r}")
+        elif field.name == "dropout":
+            if not (_is_number(value) and 0 <= value < 1):
+                raise ValueError(f"{label} must be a number in [0, 1), got {value!r}")
+        elif field.name == "layer_norm_epsilon":
+            if not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{label} must be a positive number, got {value!r}")
+        elif field.type in (bool, "bool"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{label} must be true or false, got {value!r}")
+        elif field.name in optional and value is None:
+            continue
+        elif field.name != "activation" and not (_is_integer(value) and 0 < value <= LARGEST_SIZE):
+            raise ValueError(f"{label} must be a positive integer up to {LARGEST_SIZE}, got {value!r}")
+
+
+def check_heads(config: Any) -> None:
+    """hidden_dim must be a multiple of num_heads."""
+    if config.hidden_dim % config.num_heads:
+        raise ValueError(f"hidden_dim must be divisible by num_heads, got {config.hidden_dim} and {config.num_heads}")
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """A sequence must fit the table of positions."""
+    if limit is not None and length > limit:
+        raise ValueError(f"sequence length {length} is more than max_sequence_length {limit}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def policy_name(dtype: Any) -> str:
+    """The policy in any form a config holds it: None (float32), a name, a NumPy type, Keras' serialised DTypePolicy."""
+    if dtype is None:
+        return "float32"
+    if isinstance(dtype, Mapping):
+        inner = dtype.get("config")
+        name = inner.get("name") if isinstance(inner, Mapping) else None
+        if dtype.get("class_name") != "DTypePolicy" or not isinstance(name, str):
+            raise ValueError(f"dtype policy {dtype.get('class_name')!r} is not supported, wanted a DTypePolicy with a name")
+        return name
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {dtype!r}") from None
+
+
+class ClassPresets:
+    """The class attribute `presets`: built-in presets of the class by name, each with `metadata` and `kaggle_handle`."""
+
+    def __get__(self, instance: Any, owner: type) -> dict[str, Any]:
+        from refmodels.presets import class_presets
+
+        return class_presets(owner)
+
+
+class Backbone(ABC):
+    """Base of `T5Backbone`, `OPTBackbone` and `BloomBackbone`: a config, a tree of parameters, and a forward pass.
+
+    Parameters are drawn at random when first used (reproducibly, from `seed`) unless a preset or an assignment to `params`
+    brought them; constructing, counting and summarising allocate nothing. Every constructor argument is an attribute.
+    """
+
+    family: ClassVar[str]
+    config_class: ClassVar[type]
+    inputs: ClassVar[dict[str, tuple[str, ...]]]
+    """Token input -> names of the inputs that go with it: its mask, then others."""
+
+    presets: ClassVar[ClassPresets] = ClassPresets()
+    config: Any
+
+    def __init__(self, options: dict[str, Any], dtype: Any, **arguments: Any) -> None:
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            known = ", ".join([*arguments, "dtype", *OPTIONS])
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}; it has: {known}")
+        options = {**OPTIONS, **options}
+        self.config = self.config_class(**arguments, dtype=policy_name(dtype))
+        self.name: str = options["name"] or f"{self.family}_backbone"
+        self.trainable: bool = options["trainable"]
+        self.accelerator: Accelerator | None = find(options["accelerator"])
+        # Without a seed the weights are random, but the same for the life of this object.
+        self.seed: int = int(np.random.SeedSequence().entropy % 2**63 if options["seed"] is None else options["seed"])
+        self._params: Params | None = None
+        self._device_params: Params | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        config = self.__dict__.get("config")
+        if config is not None and name in config.__dataclass_fields__:
+            return getattr(config, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    # -- parameters -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parameters(self) -> list[Parameter]:
+        """A record of every parameter, in the order of the tree. Allocates nothing."""
+
+    @property
+    def params(self) -> Params:
+        """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`."""
+        if self._params is None:
+            self._params = draw(self.parameters(), seed=self.seed, dtype=self.variable_dtype)
+        return self._params
+
+    @params.setter
+    def params(self, tree: Params) -> None:
+        self._params, self._device_params = tree, None
+
+    @property
+    def device_params(self) -> Params:
+        """The tree as the accelerator wants it; without one, `params` itself."""
+        if self.accelerator is None:
+            return self.params
+        if self._device_params is None:
+            self._device_params = self.accelerator.load(self.params)
+        return self._device_params
+
+    @property
+    def variable_dtype(self) -> str:
+        """The type of the parameters."""
+        return variable_dtype(self.config.dtype)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type of activations and outputs."""
+        return compute_dtype(self.config.dtype)
+
+    def count_params(self) -> int:
+        """Number of parameters."""
+        return count(self.parameters())
+
+    def summary(self, print_fn: Callable[[str], Any] = print) -> None:
+        """Print a table of the layers: name, shapes, parameters."""
+        rows: dict[str, list[Parameter]] = {}
+        for parameter in self.parameters():
+            rows.setdefault(parameter.path.rsplit(".", 1)[0], []).append(parameter)
+        width = max(len(name) for name in rows)
+        print_fn(f'{type(self).__name__} "{self.name}" ({self.config.dtype})')
+        for name, group in rows.items():
+            shapes = " ".join(str(parameter.shape).replace(" ", "") for parameter in group)
+            print_fn(f"  {name:<{width}}  {count(group):>15,}  {shapes}")
+        size = self.count_params()
+        megabytes = size * numpy_dtype(self.variable_dtype).itemsize / 1e6
+        print_fn(f"  {'total':<{width}}  {size:>15,}  {megabytes:,.1f} MB in {self.variable_dtype}")
+
+    # -- configuration ----------------------------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, as `from_config` and a preset's config.json take them."""
+        arguments = asdict(self.config)
+        return {"name": self.name, "trainable": self.trainable, "dtype": arguments.pop("dtype"), **arguments}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A backbone from `get_config`'s dictionary."""
+        return cls(**config)
+
+    @classmethod
+    def from_preset(cls, preset: Any, load_weights: bool = True, **kwargs: Any) -> Self:
+        """A backbone from a built-in name, a directory, or a `kaggle://` or `hf://` handle.
+
+        On `Backbone` itself the class comes from the preset; on a model class another family is a ValueError. `kwargs` override
+        entries of its config. With `load_weights=False` no weight file is touched.
+        """
+        from refmodels.presets import load_backbone
+
+        backbone: Self = load_backbone(cls, preset, load_weights=load_weights, **kwargs)
+        return backbone
+
+    # -- calling ----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Mapping[str, Any], training: bool = False, rng: Generator | None = None) -> Any:
+        """Run the model. Dropout acts only with `training=True`, and draws from `rng`."""
+        if training and rng is None and self.config.dropout > 0:
+            raise ValueError(f"training with dropout {self.config.dropout} needs rng=numpy.random.default_rng(seed)")
+        arrays = self._checked(inputs)
+        with self.running():
+            outputs = self._forward(arrays, rng if training else None)
+            return self._on_host(outputs)
+
+    @abstractmethod
+    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Any:
+        """The composite of this model on checked inputs."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run ops on this model's accelerator; a model without one leaves the choice to the surrounding `use(...)`."""
+        if self.accelerator is None:
+            yield
+        else:
+            with executing(self.accelerator):
+                yield
+
+    def _on_host(self, outputs: Any) -> Any:
+        if isinstance(outputs, dict):
+            return {name: self._on_host(value) for name, value in outputs.items()}
+        return outputs if self.accelerator is None else self.accelerator.asnumpy(outputs)
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs must be a dictionary with {', '.join(self.inputs)}, got {type(inputs).__name__}")
+        known = {name for token, others in self.inputs.items() for name in (token, *others)}
+        for name in inputs:
+            if name not in known:
+                warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(sorted(known))}", stacklevel=3)
+        arrays: dict[str, Array] = {}
+        for token, (mask, *others) in self.inputs.items():
+            arrays[token], arrays[mask] = self.check_pair(inputs, token, mask)
+            shape = arrays[token].shape
+            arrays |= {name: self.check_ids(name, inputs[name], shape=shape) for name in others if name in inputs}
+        batches = {array.shape[0] for array in arrays.values()}
+        if len(batches) > 1:
+            found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+            raise ValueError(f"inputs have different batch sizes: {found}")
+        return arrays
+
+    def check_pair(self, inputs: Mapping[str, Any], token: str, mask: str) -> tuple[Array, Array]:
+        """The ids and the mask of these names, checked; a mask that is not there is all ones."""
+        if token not in inputs:
+            raise ValueError(f"missing input {token!r}; {type(self).__name__} takes it with {mask!r}")
+        ids = self.check_ids(token, inputs[token])
+        return ids, check_mask(mask, inputs.get(mask), ids.shape)
+
+    def check_ids(self, name: str, value: Any, *, shape: tuple[int, ...] | None = None) -> Array:
+        """`value` as an integer array (b, t) whose entries are inside the vocabulary (positions: inside their table)."""
+        ids = np.asarray(value)
+        if ids.dtype.kind not in "iu" and ids.size:
+            raise ValueError(f"{name} must hold integers, got {ids.dtype}")
+        if ids.ndim != 2:
+            raise ValueError(f"{name} must have shape (batch, length), got {ids.shape}")
+        if shape is not None and ids.shape != shape:
+            raise ValueError(f"{name} has shape {ids.shape}, wanted {shape}")
+        positions = name == "position_ids"
+        limit = self.max_sequence_length if positions else self.config.vocabulary_size
+        table = "max_sequence_length" if positions else "vocabulary_size"
+        outside = (ids < 0) | (ids >= limit) if limit is not None else np.zeros(ids.shape, bool)
+        if outside.any():
+            place = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise ValueError(f"{name}{list(place)} is {ids[place]}, wanted 0 to {limit - 1} ({table} {limit})")
+        return ids.astype(np.int64)
+
+    # -- generation -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
+        """Take prompts (b, t) into the cache from positions `start` on; scores (b, v) of the token after each."""
+
+    @abstractmethod
+    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
+        """Take one token a row (b, 1) into the cache; scores (b, v) of the next."""
+
+    @cached_property
+    def token_embedding(self) -> "TokenEmbedding":
+        """The layer of token embeddings; `token_embedding(hidden, reverse=True)` gives logits."""
+        return TokenEmbedding(self)
+
+
+def check_mask(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """A padding mask as booleans of this shape; None is all ones. Anything but 0 and 1 is refused."""
+    if value is None:
+        return np.ones(shape, bool)
+    mask = np.asarray(value)
+    if mask.shape != shape:
+        raise ValueError(f"{name} has shape {mask.shape}, wanted {shape} like its token ids")
+    wrong = (mask != 0) & (mask != 1)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"{name}{list(place)} is {mask[place]}, wanted 0 (padding) or 1 (real)")
+    return mask.astype(bool)
+
+
+class TokenEmbedding:
+    """KerasHub's ReversibleEmbedding: ids (b, t) to vectors (b, t, n), or with `reverse=True` vectors to logits (b, t, v)."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self.input_dim: int = backbone.config.vocabulary_size
+        self.output_dim: int = backbone.config.hidden_dim
+        self.tie_weights: bool = getattr(backbone.config, "tie_embedding_weights", True)
+
+    @property
+    def embeddings(self) -> Array:
+        """The table, (v, n)."""
+        table: Array = self._backbone.params["token_embedding"]["embeddings"]
+        return table
+
+    @property
+    def reverse_embeddings(self) -> Array:
+        """The untied output table, (n, v)."""
+        if self.tie_weights:
+            raise AttributeError("the embedding is tied: its reverse is embeddings.T")
+        table: Array = self._backbone.params["token_embedding"]["reverse_embeddings"]
+        return table
+
+    def __call__(self, inputs: Any, reverse: bool = False) -> Array:
+        dtype = self._backbone.compute_dtype
+        if not reverse:
+            return np.asarray(embedding(self._backbone.check_ids("token_ids", inputs), self.embeddings, dtype=dtype))
+        hidden = np.asarray(inputs).astype(numpy_dtype(dtype), copy=False)
+        if self.tie_weights:
+            return np.asarray(logits_from_embeddings(hidden, self.embeddings))
+        return np.asarray(linear(hidden, self.reverse_embeddings))

@@ -1,0 +1,257 @@
+"""BLOOM: a pre-norm decoder with ALiBi in place of positions (BigScience 2022). The equations are in `spec/bloom.md`.
+
+Read from the top: the layer, the stack, the head, the decode step. Every line is a call to an op; `p` is the part of the
+parameter tree that the function uses, and `**p["query"]` passes its kernel and bias by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refmodels.backbone import Backbone, Generator, check_config, check_heads
+from refmodels.op import Array, Bool, Float, Int, Params, op
+from refmodels.ops.attention import attention
+from refmodels.ops.cache import cache_allocate, cache_append
+from refmodels.ops.elementwise import add, dropout, gelu_approximate
+from refmodels.ops.heads import merge_heads, split_heads
+from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
+from refmodels.ops.mask import causal_mask
+from refmodels.ops.norm import layer_norm
+from refmodels.ops.position import alibi_bias, alibi_slopes, token_positions
+from refmodels.ops.precision import compute_dtype
+from refmodels.parameters import Parameter, ParameterTable, glorot_uniform, normal, numbered
+from refmodels.task import CausalLM
+
+
+@dataclass(frozen=True)
+class BloomConfig:
+    """The constructor arguments of `BloomBackbone`."""
+
+    vocabulary_size: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    intermediate_dim: int
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        check_heads(self)
+
+    @property
+    def head_dim(self) -> int:
+        """d: the size of one head."""
+        return self.hidden_dim // self.num_heads
+
+
+@op(composite=True)
+def bloom_attention(
+    x: Float[Array, "b t n"],
+    p: Params,
+    mask: Bool[Array, "#b 1 #t s"],
+    alibi: Float[Array, "#b h t s"],
+    config: BloomConfig,
+    *,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """Self-attention with biases; the scores are divided by sqrt(d) and then lowered by ALiBi."""
+    query = split_heads(linear(x, **p["query"]), config.num_heads)
+    key = split_heads(linear(x, **p["key"]), config.num_heads)
+    value = split_heads(linear(x, **p["value"]), config.num_heads)
+    if cache is not None:
+        key = cache_append(cache["key"], key, start)
+        value = cache_append(cache["value"], value, start)
+    scale = config.head_dim**-0.5  # BLOOM-C3: the scale does not touch the bias
+    context = attention(query, key, value, mask, alibi, scale=scale, dropout_rate=config.dropout, rng=rng)
+    return linear(merge_heads(context), **p["output"])
+
+
+@op(composite=True)
+def bloom_decoder_layer(
+    x: Float[Array, "b t n"],
+    p: Params,
+    mask: Bool[Array, "#b 1 #t s"],
+    alibi: Float[Array, "#b h t s"],
+    config: BloomConfig,
+    *,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """x + attention(norm(x)), then x + W2 gelu(W1 norm(x)): the residual is taken before the norm (BLOOM-C4)."""
+    h = layer_norm(x, **p["pre_attention_layernorm"], epsilon=config.layer_norm_epsilon)
+    h = bloom_attention(h, p["self_attention"], mask, alibi, config, cache=cache, start=start, rng=rng)
+    x = add(x, dropout(h, config.dropout, rng))
+    h = layer_norm(x, **p["post_attention_layernorm"], epsilon=config.layer_norm_epsilon)
+    h = gelu_approximate(linear(h, **p["mlp_intermediate_dense"]))  # BLOOM-C5
+    h = linear(h, **p["mlp_output_dense"])
+    return add(x, dropout(h, config.dropout, rng))
+
+
+@op(composite=True)
+def bloom_backbone(
+    token_ids: Int[Array, "b t"],
+    padding_mask: Bool[Array, "b t"],
+    params: Params,
+    config: BloomConfig,
+    *,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """Token ids to hidden states. With a cache, row i's tokens stand at the positions start[i], start[i] + 1, ..."""
+    positions = token_positions(token_ids, start)
+    x = embedding(token_ids, **params["token_embedding"], dtype=compute_dtype(config.dtype))
+    x = layer_norm(x, **params["embedding_layernorm"], epsilon=config.layer_norm_epsilon)  # BLOOM-C1
+    if cache is not None:
+        padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
+    mask = causal_mask(positions, padding_mask)
+    alibi = alibi_bias(alibi_slopes(config.num_heads), positions, keys=mask.shape[-1])  # BLOOM-C2
+    for i, layer in enumerate(params["layers"]):
+        x = bloom_decoder_layer(x, layer, mask, alibi, config, cache=cache and cache["layers"][i], start=start, rng=rng)
+    return layer_norm(x, **params["final_layernorm"], epsilon=config.layer_norm_epsilon)
+
+
+@op(composite=True)
+def bloom_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
+    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted."""
+    return logits_from_embeddings(hidden, **params["token_embedding"])
+
+
+@op(composite=True)
+def bloom_cache(batch: int, capacity: int, config: BloomConfig) -> Params:
+    """An empty cache for `batch` rows of up to `capacity` positions."""
+    shape = (batch, capacity, config.num_heads, config.head_dim)
+    dtype = compute_dtype(config.dtype)
+    return {
+        "padding_mask": cache_allocate((batch, capacity), "bool"),
+        "layers": [
+            {"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)}
+            for _ in range(config.num_layers)
+        ],
+    }
+
+
+@op(composite=True, mutates=("cache",))
+def bloom_prefill(
+    token_ids: Int[Array, "b t"],
+    padding_mask: Bool[Array, "b t"],
+    lengths: Int[Array, "b"],
+    params: Params,
+    cache: Params,
+    config: BloomConfig,
+    *,
+    start: Int[Array, "b"],
+) -> Float[Array, "b v"]:
+    """Take in prompts (row i holds lengths[i] tokens, then padding) and score the token after each."""
+    hidden = bloom_backbone(token_ids, padding_mask, params, config, cache=cache, start=start)
+    return bloom_logits(last_rows(hidden, lengths), params)
+
+
+@op(composite=True, mutates=("cache",))
+def bloom_decode_step(
+    token_ids: Int[Array, "b 1"],
+    padding_mask: Bool[Array, "b 1"],
+    positions: Int[Array, "b"],
+    params: Params,
+    cache: Params,
+    config: BloomConfig,
+) -> Float[Array, "b v"]:
+    """Take in one token a row, row i's at positions[i], and score the next."""
+    hidden = bloom_backbone(token_ids, padding_mask, params, config, cache=cache, start=positions)
+    return bloom_logits(last_rows(hidden), params)
+
+
+def bloom_parameters(config: BloomConfig) -> list[Parameter]:
+    """Every parameter of this model, in the order of the tree."""
+    n, m, heads = (config.hidden_dim,), (config.intermediate_dim,), (config.num_heads, config.head_dim)
+    wide, square = glorot_uniform(*n, *m), glorot_uniform(*n, *n)
+    table = ParameterTable()
+    table.add(
+        "token_embedding.embeddings",
+        (config.vocabulary_size, *n),
+        "reversible_embedding/vars/0",
+        ("word_embeddings.weight", "lm_head.weight"),
+        normal(0.02),
+    )
+    table.layer_norm("embedding_layernorm", *n, "layer_normalization", "word_embeddings_layernorm")
+    for i in range(config.num_layers):
+        path, keras, hf = f"layers.{i}", numbered("bloom_decoder", i), f"h.{i}"
+        attention = f"{keras}/_self_attention_layer"
+        for norm, hf_norm in (("pre", "input_layernorm"), ("post", "post_attention_layernorm")):
+            name = f"{norm}_attention_layernorm"
+            table.layer_norm(f"{path}.{name}", *n, f"{keras}/_{name}", f"{hf}.{hf_norm}")
+        for part in ("query", "key", "value"):
+            table.dense(
+                f"{path}.self_attention.{part}",
+                n,
+                heads,
+                f"{attention}/_{part}_dense",
+                f"{hf}.self_attention.query_key_value",
+                square,
+                layout=part,
+            )
+        hf_output = f"{hf}.self_attention.dense"
+        table.dense(f"{path}.self_attention.output", n, n, f"{attention}/_output_dense", hf_output, square)
+        for part, rows, columns, hf_part in (("intermediate", n, m, "dense_h_to_4h"), ("output", m, n, "dense_4h_to_h")):
+            name = f"mlp_{part}_dense"
+            table.dense(f"{path}.{name}", rows, columns, f"{keras}/_{name}", f"{hf}.mlp.{hf_part}", wide)
+    table.layer_norm("final_layernorm", *n, "layer_normalization_1", "ln_f")
+    return table
+
+
+class BloomBackbone(Backbone):
+    """KerasHub's BloomBackbone: `{"token_ids", "padding_mask"}` to hidden states (b, t, hidden_dim)."""
+
+    family = "bloom"
+    config_class = BloomConfig
+    inputs = {"token_ids": ("padding_mask",)}
+    config: BloomConfig
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            kwargs,
+            dtype,
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            dropout=dropout,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+
+    def parameters(self) -> list[Parameter]:
+        return bloom_parameters(self.config)
+
+    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
+        return bloom_backbone(inputs["token_ids"], inputs["padding_mask"], self.device_params, self.config, rng=rng)
+
+    def new_cache(self, batch: int, capacity: int) -> Params:
+        return bloom_cache(batch, capacity, self.config)
+
+    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
+        return bloom_prefill(token_ids, padding_mask, lengths, self.device_params, cache, self.config, start=start)
+
+    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
+        return bloom_decode_step(token_ids, padding_mask, positions, self.device_params, cache, self.config)
+
+
+class BloomCausalLM(CausalLM):
+    """BLOOM with its tied head: text to text."""
+
+    backbone_class = BloomBackbone

@@ -1,0 +1,185 @@
+"""Text generation: take in the prompts, then choose one token after another until every row is done.
+
+The loop knows a model only through `Decoder`; whether it decodes from a prompt (OPT, BLOOM) or from an encoded input (T5) has
+been settled when its cache was made. Each row draws from a generator of its own, so a row does not depend on its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from refmodels.op import Array, Params
+from refmodels.ops.cache import cache_select
+from refmodels.ops.sampling import beam_candidates, greedy_token, sample_token
+
+SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam")
+
+
+class Decoder(Protocol):
+    """What the loop asks of a backbone."""
+
+    def running(self) -> Any: ...
+    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array: ...
+    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: a sampler and its settings, KerasHub's names and defaults.
+
+    sampler         greedy, random, top_k, top_p or beam; None takes the one that the other settings imply
+    temperature     scores are divided by it before the softmax
+    top_k, top_p    keep the k most likely tokens; keep the most likely tokens until their probability exceeds p
+    num_beams       hypotheses that a beam search keeps
+    length_penalty  finished hypotheses are ranked by score / length**length_penalty
+    seed            one integer for all rows, or one for each; None is fresh
+    """
+
+    sampler: str | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int | None = None
+    length_penalty: float = 1.0
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive, got {self.temperature!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k!r}")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be in [0, 1], got {self.top_p!r}")
+        if self.num_beams is not None and self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams!r}")
+        if self.kind == "beam" and (self.top_k, self.top_p, self.temperature) != (None, None, 1.0):
+            raise ValueError("beam search takes no temperature, top_k or top_p")
+        if self.kind == "greedy" and (self.top_k, self.top_p) != (None, None):
+            raise ValueError("greedy search takes no top_k or top_p")
+
+    @property
+    def kind(self) -> str:
+        """The sampler in force."""
+        if self.sampler is not None:
+            return self.sampler
+        if self.num_beams is not None:
+            return "beam" if self.num_beams > 1 else "greedy"
+        return "greedy" if (self.top_k, self.top_p, self.temperature) == (None, None, 1.0) else "random"
+
+    @property
+    def beams(self) -> int:
+        """num_beams, or KerasHub's default of 5."""
+        return self.num_beams or 5
+
+    def generators(self, rows: int) -> list[np.random.Generator]:
+        """One generator for each row. The same seed gives a row the same draws, alone or in any batch."""
+        if self.seed is None:
+            return [np.random.default_rng() for _ in range(rows)]
+        seeds = [self.seed] * rows if isinstance(self.seed, int | np.integer) else list(self.seed)
+        if len(seeds) != rows:
+            raise ValueError(f"seed has {len(seeds)} entries, wanted one integer or {rows}")
+        return [np.random.default_rng(seed) for seed in seeds]
+
+    def choose(self, logits: Array, generators: list[np.random.Generator]) -> Array:
+        """One token for each row of scores."""
+        if self.kind == "greedy":
+            return np.asarray(greedy_token(logits))
+        top_k = 5 if self.kind == "top_k" and self.top_k is None else self.top_k
+        top_p = 0.1 if self.kind == "top_p" and self.top_p is None else self.top_p
+        uniform = np.array([generator.random() for generator in generators])
+        return np.asarray(sample_token(logits, uniform, temperature=self.temperature, top_k=top_k, top_p=top_p))
+
+
+def decode(
+    decoder: Decoder,
+    cache: Params,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stop: frozenset[int],
+    sampling: Sampling,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of every row, until each has met a stop token or its limit; None for a row that is done."""
+    generators = sampling.generators(len(prompts))
+    remaining = np.array(limits)
+    if not (remaining > 0).any():
+        return
+    logits, positions = _prefill(decoder, cache, prompts)
+    while True:
+        with decoder.running():
+            tokens = sampling.choose(logits, generators)
+        active = remaining > 0
+        yield [int(token) if on else None for token, on in zip(tokens, active, strict=True)]
+        remaining[active] -= 1
+        remaining[np.isin(tokens, list(stop))] = 0
+        if not (remaining > 0).any():
+            return
+        with decoder.running():
+            ones = np.ones((len(prompts), 1), bool)
+            logits = decoder.decode_step(tokens[:, None], ones, positions, cache)
+        positions = positions + (remaining > 0)  # a row that is done stays where it is, inside its cache
+
+
+def _prefill(decoder: Decoder, cache: Params, prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Take in the prompts together, padded on the right; the scores after each, and the position of its next token."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if not lengths.all():
+        raise ValueError(f"prompt {int(lengths.argmin())} is empty: there must be a token to go on from")
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    with decoder.running():
+        return decoder.prefill(ids, mask, lengths, cache, np.zeros(len(prompts), np.int64)), lengths
+
+
+def beam_search(
+    decoder: Decoder, cache: Params, prompt: Sequence[int], limit: int, stop: frozenset[int], sampling: Sampling
+) -> list[int]:
+    """The tokens after one prompt with the highest sum of log probabilities that a beam search finds.
+
+    Each step takes the best continuations of all beams. One that ends with a stop token is set aside with its score divided by
+    length**length_penalty; the others go on. It ends at the limit, or when no beam can overtake what has been set aside.
+    """
+    width, finished = sampling.beams, list[tuple[float, list[int]]]()
+    if limit <= 0:
+        return []
+    logits, position = _prefill(decoder, cache, [prompt])
+    hypotheses: list[list[int]] = [[]]
+    scores = np.zeros(1)
+    for length in range(1, limit + 1):
+        with decoder.running():
+            candidates = beam_candidates(logits, scores, width * max(2, 1 + len(stop)))
+        running: list[tuple[float, int, int]] = []
+        for rank, (score, beam, token) in enumerate(zip(*(part.tolist() for part in candidates), strict=True)):
+            if token not in stop:
+                running.append((score, beam, token))
+            elif rank < width:
+                finished.append((score / length**sampling.length_penalty, [*hypotheses[beam], token]))
+        running = running[:width]
+        finished = sorted(finished, key=lambda entry: -entry[0])[:width]
+        hypotheses = [[*hypotheses[beam], token] for _, beam, token in running]
+        scores = np.array([score for score, _, _ in running])
+        if not running or (len(finished) == width and finished[-1][0] >= scores[0] / length**sampling.length_penalty):
+            break
+        if length == limit:
+            ranked = scores / length**sampling.length_penalty
+            finished += zip(ranked.tolist(), hypotheses, strict=True)
+            break
+        with decoder.running():
+            cache = select_rows(cache, np.array([beam for _, beam, _ in running]))
+            ids = np.array([[token] for _, _, token in running])
+            positions = np.repeat(position + length - 1, len(running))
+            logits = decoder.decode_step(ids, np.ones(ids.shape, bool), positions, cache)
+    return max(finished, key=lambda entry: entry[0])[1]
+
+
+def select_rows(cache: Any, rows: Array) -> Any:
+    """A cache whose row i is row rows[i] of the given one."""
+    if isinstance(cache, dict):
+        return {name: select_rows(part, rows) for name, part in cache.items()}
+    if isinstance(cache, list):
+        return [select_rows(part, rows) for part in cache]
+    return cache_select(cache, rows)

@@ -1,0 +1,238 @@
+"""Error models: how far a right implementation of an op may be from the reference (`spec/numerics.md`).
+
+Truth is the reference run in float64 on the same inputs. A verdict looks at shape, dtype and the pattern of non-finite values
+first, and then asks that `error <= bound`, written so that NaN fails. The bound comes from an error model of the arithmetic:
+
+    exact           equal, bit pattern of NaN aside: moves, masks, buckets, argmax, relu
+    ulps(k)         error <= k spacings of the true value: elementwise mathematics
+    multilinear()   error <= gamma_n * op(|inputs|) + rounding of the result: products and sums of products
+    calibrated(c)   max error <= c * the reference's own error in that dtype + 8u * max|y|: norms, attention, whole layers
+
+`u` is the unit roundoff; storage, accumulation and output precision are kept apart: half-precision inputs are accumulated in
+float32, so their accumulation error is float32's.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half the distance from 1 to the next number: the largest relative error of one rounding to nearest."""
+
+_SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """The kind of bound and its constant; made by `exact`, `ulps`, `multilinear` and `calibrated`."""
+
+    kind: str
+    constant: float = 0.0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind in ("exact", "multilinear") else f"{self.kind}({self.constant:g})"
+
+
+def exact() -> ErrorModel:
+    """Equal values; NaN where the reference has NaN."""
+    return ErrorModel("exact")
+
+
+def ulps(k: float) -> ErrorModel:
+    """At most `k` spacings of the true value in the result's type."""
+    return ErrorModel("ulps", k)
+
+
+def multilinear() -> ErrorModel:
+    """The bound of any order of summation (Higham 2002, eq. 3.13): gamma_n times the same op on absolute values."""
+    return ErrorModel("multilinear")
+
+
+def calibrated(c: float = 4.0) -> ErrorModel:
+    """At most `c` times the largest error that the reference itself makes in this type, and never less than 8u max|y|."""
+    return ErrorModel("calibrated", c)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ok`; `reason` in one sentence; `error` and `bound` at the worst element (largest error over bound), and its index."""
+
+    ok: bool
+    reason: str
+    error: float = 0.0
+    bound: float = 0.0
+    index: tuple[int, ...] = field(default=())
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return ("ok: " if self.ok else "WRONG: ") + self.reason
+
+
+class Judged(Protocol):
+    """What `judge` asks of an op."""
+
+    name: str
+    error: ErrorModel
+    reference: Callable[..., Any]
+    signature: inspect.Signature
+    shapes: dict[str, Any]
+    result: Any
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """u of a floating-point type, by name or NumPy type."""
+    return UNIT_ROUNDOFF[np.dtype(dtype).name if not isinstance(dtype, str) else dtype]
+
+
+def spacing(x: Array, dtype: str) -> Array:
+    """Distance between neighbouring numbers of `dtype` at the float64 values `x`, subnormals included."""
+    _, exponent = np.frexp(np.abs(x))
+    distance: Array = np.maximum(np.ldexp(2.0 * UNIT_ROUNDOFF[dtype], exponent - 1), _SMALLEST[dtype])
+    return distance
+
+
+def widened(value: Any) -> Any:
+    """The same argument in float64: arrays, trees of arrays, the name of a dtype, a config that has a dtype."""
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in "iub" else value.astype(np.float64)
+    if isinstance(value, dict):
+        return {key: widened(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(widened(child) for child in value)
+    if isinstance(value, str) and value in UNIT_ROUNDOFF:
+        return "float64"
+    if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "dtype"):
+        return replace(value, dtype="float64")
+    return value
+
+
+def judge(op: Judged, args: tuple[Any, ...], kwargs: dict[str, Any], got: Any) -> Verdict:
+    """Hold the result `got` of a kernel of `op` on these arguments to the reference, by the op's error model.
+
+    An op that writes to an argument is judged on what it returns: pass a copy of that argument as it was before the call.
+    """
+    wanted = op.reference(*_copied(args), **_copied(kwargs))
+    truth = op.reference(*widened(_copied(args)), **widened(_copied(kwargs)))
+    if isinstance(wanted, dict | list | tuple):
+        return _judge_tree(op, args, kwargs, got, wanted, truth)
+    return _judge_array(op, args, kwargs, np.asarray(got), wanted, truth)
+
+
+def _judge_tree(op: Judged, args: Any, kwargs: Any, got: Any, wanted: Any, truth: Any) -> Verdict:
+    keys = list(wanted) if isinstance(wanted, dict) else range(len(wanted))
+    if type(got) is not type(wanted) or len(got) != len(wanted):
+        return Verdict(False, f"{op.name} gives {type(got).__name__}, wanted {type(wanted).__name__} of {len(wanted)}")
+    for key in keys:
+        part = _judge_array(op, args, kwargs, np.asarray(got[key]), wanted[key], truth[key])
+        if not part:
+            return replace(part, reason=f"[{key}]: {part.reason}")
+    return Verdict(True, "every part within its bound")
+
+
+def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, truth: Array) -> Verdict:
+    if got.shape != wanted.shape:
+        return Verdict(False, f"{op.name} has shape {got.shape}, wanted {wanted.shape}")
+    if got.dtype != wanted.dtype:
+        return Verdict(False, f"{op.name} has dtype {got.dtype}, wanted {wanted.dtype}")
+    if op.error.kind == "exact" or wanted.dtype.kind in "iub":
+        same = (got == wanted) | ((got != got) & (wanted != wanted))
+        where = tuple(int(i) for i in np.argwhere(~same)[0]) if not same.all() else ()
+        return Verdict(bool(same.all()), f"{op.name}: {int((~same).sum())} of {got.size} values differ", index=where)
+    condition = None
+    if op.error.kind == "multilinear":
+        condition = np.asarray(op.reference(*_absolute(widened(args)), **_absolute(widened(kwargs))))
+    terms = _terms(op, args, kwargs)
+    return compare(got, truth, op.error, wanted=wanted, condition=condition, terms=terms, name=op.name)
+
+
+def compare(
+    got: Array,
+    truth: Array,
+    error_model: ErrorModel,
+    *,
+    wanted: Array | None = None,
+    condition: Array | None = None,
+    terms: int = 1,
+    name: str = "result",
+) -> Verdict:
+    """Judge an array against the float64 truth. `wanted` is the reference's own result in `got`'s type (calibrated), `condition`
+    the op on absolute values and `terms` the length of its sums (multilinear)."""
+    dtype = got.dtype.name
+    high, exact_value = got.astype(np.float64), truth.astype(np.float64)
+    # Rounding the truth to the result's type says where an overflow to infinity is right.
+    with np.errstate(over="ignore"):
+        rounded = exact_value.astype(got.dtype).astype(np.float64)
+    finite = np.isfinite(rounded)
+    if not finite.all() and not np.array_equal(high[~finite], rounded[~finite], equal_nan=True):
+        return Verdict(False, f"{name}: the infinities or NaN are not where the reference has them")
+    u = UNIT_ROUNDOFF[dtype]
+    if error_model.kind == "ulps":
+        bound = error_model.constant * spacing(exact_value, dtype)
+    elif error_model.kind == "multilinear":
+        accumulation = max(terms + 2, 3) * UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"]
+        gamma = accumulation / (1 - min(accumulation, 0.5))
+        magnitude = np.abs(exact_value) if condition is None else np.asarray(condition, np.float64)
+        # The float64 truth is itself a float64 computation: twice gamma covers both sides.
+        bound = 2 * gamma * magnitude + u * np.abs(exact_value) + _SMALLEST[dtype]
+    else:
+        own = 0.0
+        if wanted is not None and finite.any():
+            own = float(np.abs(wanted.astype(np.float64) - exact_value)[finite].max())
+        largest = float(np.abs(exact_value[finite]).max()) if finite.any() else 0.0
+        bound = np.full(truth.shape, error_model.constant * own + 8 * u * largest + _SMALLEST[dtype])
+    with np.errstate(invalid="ignore"):
+        error = np.where(finite, np.abs(high - exact_value), 0.0)
+        good = error <= bound  # NaN in `got` makes this false
+    if error.size == 0:
+        return Verdict(True, f"{name}: empty")
+    ratio = np.where(np.isnan(error), np.inf, error / np.where(bound > 0, bound, _SMALLEST["float64"]))
+    index = np.unravel_index(int(ratio.argmax()), error.shape)
+    place = tuple(int(i) for i in index)
+    worst, limit = float(error[index]), float(np.broadcast_to(bound, error.shape)[index])
+    return Verdict(
+        bool(good.all()),
+        f"{name}: error {worst:.3g}, bound {limit:.3g} ({error_model}) at {place}",
+        error=worst,
+        bound=limit,
+        index=place,
+    )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: _copied(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(child) for child in value)
+    return value
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return np.abs(value)
+    if isinstance(value, dict):
+        return {key: _absolute(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_absolute(child) for child in value)
+    return value
+
+
+def _terms(op: Judged, args: Any, kwargs: Any) -> int:
+    """The length of the op's sums: the sizes of the dimensions that its inputs have and its result has not."""
+    bound = op.signature.bind(*args, **kwargs).arguments
+    summed = {}
+    for name, shape in op.shapes.items():
+        array = bound.get(name)
+        if isinstance(array, np.ndarray):
+            named = [dim for dim in shape.dims if dim.isalpha() and dim not in op.result.dims]
+            summed.update({dim: array.shape[shape.dims.index(dim) - len(shape.dims)] for dim in named})
+    return math.prod(summed.values())

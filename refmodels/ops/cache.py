@@ -1,0 +1,33 @@
+"""The key/value cache: storage of fixed capacity that a model fills from position 0 on."""
+
+import numpy as np
+
+from refmodels.numerics import exact
+from refmodels.op import Array, Int, op
+from refmodels.ops.precision import numpy_dtype
+
+
+@op(error=exact())
+def cache_allocate(shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros for `shape`: rows of the batch first, then positions."""
+    return np.zeros(shape, numpy_dtype(dtype))
+
+
+@op(error=exact(), mutates=("cache",))
+def cache_append(cache: Array, new: Array, start: Int[Array, "b"] | None = None) -> Array:
+    """Write row i of `new` at the positions start[i], start[i] + 1, ... of row i, and give the cache up to the last one written.
+
+    Both have shape [b, positions, ...]; without `start` every row begins at 0. What a shorter row holds behind its own end is for the mask to exclude.
+    """
+    length = new.shape[1]
+    if start is None:
+        start = np.zeros(len(cache), np.int64)
+    for row, first in enumerate(start):
+        cache[row, first : first + length] = new[row]
+    return cache[:, : int(start.max(initial=0)) + length]
+
+
+@op(error=exact())
+def cache_select(cache: Array, rows: Int[Array, "b"]) -> Array:
+    """Rows of a cache, repeated or reordered: what a beam search needs when hypotheses change places."""
+    return cache[rows]

@@ -1,0 +1,47 @@
+"""Products with a weight matrix: dense layers, embeddings, logits."""
+
+import numpy as np
+
+from refmodels.numerics import exact, multilinear
+from refmodels.op import Array, Float, Int, op
+from refmodels.ops.precision import narrow, numpy_dtype, wide
+
+
+@op(error=multilinear(), laws=("rowwise",))
+def linear(
+    x: Float[Array, "*b k"],
+    kernel: Float[Array, "k n"],
+    bias: Float[Array, "n"] | None = None,
+    *,
+    dtype: str | None = None,
+) -> Float[Array, "*b n"]:
+    """A dense layer: x @ kernel + bias, in the type of x or, if given, `dtype`."""
+    rows = wide(x).reshape(-1, kernel.shape[0])  # one matrix product, however many leading axes
+    y = (rows @ wide(kernel)).reshape(*x.shape[:-1], kernel.shape[1])
+    if bias is not None:
+        y = y + wide(bias)
+    return narrow(y, numpy_dtype(dtype) if dtype else x.dtype)
+
+
+@op(error=exact(), laws=("rowwise",))
+def embedding(
+    ids: Int[Array, "*b"], embeddings: Float[Array, "v n"], *, dtype: str | None = None
+) -> Float[Array, "*b n"]:
+    """Row ids[...] of the table, in the table's type or, if given, `dtype`. Ids count from 0 and are below v."""
+    return narrow(embeddings[ids], numpy_dtype(dtype) if dtype else embeddings.dtype)
+
+
+@op(error=multilinear(), laws=("rowwise",))
+def logits_from_embeddings(
+    x: Float[Array, "*b n"], embeddings: Float[Array, "v n"], *, scale: float = 1.0
+) -> Float[Array, "*b v"]:
+    """A tied head: (scale * x) @ transposed table, one score for each entry of the vocabulary."""
+    rows = wide(x).reshape(-1, embeddings.shape[1])
+    y = (rows * scale) @ wide(embeddings).T
+    return narrow(y.reshape(*x.shape[:-1], embeddings.shape[0]), x.dtype)
+
+
+@op(error=exact())
+def last_rows(x: Float[Array, "b t n"], lengths: Int[Array, "b"] | None = None) -> Float[Array, "b n"]:
+    """The last real position of every row, x[i, lengths[i] - 1]; without lengths the last position."""
+    return x[:, -1] if lengths is None else x[np.arange(len(x)), lengths - 1]

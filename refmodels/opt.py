@@ -1,0 +1,278 @@
+"""OPT: a pre-norm decoder with learned positions (Zhang et al. 2022). The equations are in `spec/opt.md`.
+
+Read from the top: the layer, the stack, the head, the decode step. Every line is a call to an op; `p` is the part of the
+parameter tree that the function uses, and `**p["query"]` passes its kernel and bias by name.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from refmodels.backbone import Backbone, Generator, check_config, check_heads, check_length
+from refmodels.op import Array, Bool, Float, Int, Params, op
+from refmodels.ops.attention import attention
+from refmodels.ops.cache import cache_allocate, cache_append
+from refmodels.ops.elementwise import add, dropout, relu
+from refmodels.ops.heads import merge_heads, split_heads
+from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
+from refmodels.ops.mask import causal_mask
+from refmodels.ops.norm import layer_norm
+from refmodels.ops.position import token_positions
+from refmodels.ops.precision import compute_dtype
+from refmodels.parameters import Parameter, ParameterTable, numbered, truncated_normal
+from refmodels.task import CausalLM
+
+EPSILON = 1e-5  # OPT-C4: not a constructor argument
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """The constructor arguments of `OPTBackbone`."""
+
+    vocabulary_size: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    intermediate_dim: int
+    dropout: float = 0.1
+    max_sequence_length: int | None = 2048
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_config(self, optional=("max_sequence_length",))
+        check_heads(self)
+
+    @property
+    def head_dim(self) -> int:
+        """d: the size of one head."""
+        return self.hidden_dim // self.num_heads
+
+
+@op(composite=True)
+def opt_attention(
+    x: Float[Array, "b t n"],
+    p: Params,
+    mask: Bool[Array, "#b 1 #t s"],
+    config: OPTConfig,
+    *,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """Self-attention with biases; the scores are divided by sqrt(d)."""
+    query = split_heads(linear(x, **p["query"]), config.num_heads)
+    key = split_heads(linear(x, **p["key"]), config.num_heads)
+    value = split_heads(linear(x, **p["value"]), config.num_heads)
+    if cache is not None:
+        key = cache_append(cache["key"], key, start)
+        value = cache_append(cache["value"], value, start)
+    scale = config.head_dim**-0.5  # OPT-C3
+    context = attention(query, key, value, mask, scale=scale, dropout_rate=config.dropout, rng=rng)
+    return linear(merge_heads(context), **p["output"])
+
+
+@op(composite=True)
+def opt_decoder_layer(
+    x: Float[Array, "b t n"],
+    p: Params,
+    mask: Bool[Array, "#b 1 #t s"],
+    config: OPTConfig,
+    *,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """x + attention(norm(x)), then x + W2 relu(W1 norm(x)): the norms come first (OPT-C2)."""
+    h = layer_norm(x, **p["self_attention_layer_norm"], epsilon=EPSILON)
+    h = opt_attention(h, p["self_attention"], mask, config, cache=cache, start=start, rng=rng)
+    x = add(x, dropout(h, config.dropout, rng))
+    h = layer_norm(x, **p["feedforward_layer_norm"], epsilon=EPSILON)
+    h = relu(linear(h, **p["feedforward_intermediate_dense"]))
+    h = linear(h, **p["feedforward_output_dense"])
+    return add(x, dropout(h, config.dropout, rng))  # OPT-C5: no dropout between the two products
+
+
+@op(composite=True)
+def opt_backbone(
+    token_ids: Int[Array, "b t"],
+    padding_mask: Bool[Array, "b t"],
+    params: Params,
+    config: OPTConfig,
+    *,
+    position_ids: Int[Array, "#b t"] | None = None,
+    cache: Params | None = None,
+    start: Int[Array, "b"] | None = None,
+    rng: Generator | None = None,
+) -> Float[Array, "b t n"]:
+    """Token ids to hidden states. With a cache, row i's tokens stand at the positions start[i], start[i] + 1, ..."""
+    positions = token_positions(token_ids, start)
+    if position_ids is None:
+        position_ids = positions  # OPT-C1: padding does not shift them
+    dtype = compute_dtype(config.dtype)
+    token = embedding(token_ids, **params["token_embedding"], dtype=dtype)
+    x = add(token, embedding(position_ids, **params["position_embedding"], dtype=dtype))
+    if cache is not None:
+        padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
+    mask = causal_mask(positions, padding_mask)
+    for i, layer in enumerate(params["layers"]):
+        x = opt_decoder_layer(x, layer, mask, config, cache=cache and cache["layers"][i], start=start, rng=rng)
+    return layer_norm(x, **params["layer_norm"], epsilon=EPSILON)
+
+
+@op(composite=True)
+def opt_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
+    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted."""
+    return logits_from_embeddings(hidden, **params["token_embedding"])
+
+
+@op(composite=True)
+def opt_cache(batch: int, capacity: int, config: OPTConfig) -> Params:
+    """An empty cache for `batch` rows of up to `capacity` positions."""
+    shape = (batch, capacity, config.num_heads, config.head_dim)
+    dtype = compute_dtype(config.dtype)
+    return {
+        "padding_mask": cache_allocate((batch, capacity), "bool"),
+        "layers": [
+            {"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)}
+            for _ in range(config.num_layers)
+        ],
+    }
+
+
+@op(composite=True, mutates=("cache",))
+def opt_prefill(
+    token_ids: Int[Array, "b t"],
+    padding_mask: Bool[Array, "b t"],
+    lengths: Int[Array, "b"],
+    params: Params,
+    cache: Params,
+    config: OPTConfig,
+    *,
+    start: Int[Array, "b"],
+) -> Float[Array, "b v"]:
+    """Take in prompts (row i holds lengths[i] tokens, then padding) and score the token after each."""
+    hidden = opt_backbone(token_ids, padding_mask, params, config, cache=cache, start=start)
+    return opt_logits(last_rows(hidden, lengths), params)
+
+
+@op(composite=True, mutates=("cache",))
+def opt_decode_step(
+    token_ids: Int[Array, "b 1"],
+    padding_mask: Bool[Array, "b 1"],
+    positions: Int[Array, "b"],
+    params: Params,
+    cache: Params,
+    config: OPTConfig,
+) -> Float[Array, "b v"]:
+    """Take in one token a row, row i's at positions[i], and score the next."""
+    hidden = opt_backbone(token_ids, padding_mask, params, config, cache=cache, start=positions)
+    return opt_logits(last_rows(hidden), params)
+
+
+def opt_parameters(config: OPTConfig) -> list[Parameter]:
+    """Every parameter of this model, in the order of the tree."""
+    n, m, heads = (config.hidden_dim,), (config.intermediate_dim,), (config.num_heads, config.head_dim)
+    if config.max_sequence_length is None:
+        raise ValueError("max_sequence_length is None: it becomes the length of the first input; call the model first")
+    std = truncated_normal(0.02)
+    table = ParameterTable()
+    embeddings = "token_and_position_embedding"
+    table.add(
+        "token_embedding.embeddings",
+        (config.vocabulary_size, *n),
+        f"{embeddings}/token_embedding/vars/0",
+        ("embed_tokens.weight", "lm_head.weight"),
+        std,
+    )
+    table.add(
+        "position_embedding.embeddings",
+        (config.max_sequence_length, *n),
+        f"{embeddings}/position_embedding/vars/0",
+        "embed_positions.weight",
+        std,
+        layout="offset_rows",
+    )
+    for i in range(config.num_layers):
+        path, keras, hf = f"layers.{i}", numbered("transformer_decoder", i), f"layers.{i}"
+        attention = f"{keras}/_self_attention_layer"
+        table.layer_norm(
+            f"{path}.self_attention_layer_norm", *n, f"{keras}/_self_attention_layer_norm", f"{hf}.self_attn_layer_norm"
+        )
+        for part in ("query", "key", "value"):
+            hf_part = f"{hf}.self_attn.{part[0]}_proj"
+            table.dense(f"{path}.self_attention.{part}", n, heads, f"{attention}/{part}_dense", hf_part, std)
+        table.dense(
+            f"{path}.self_attention.output", heads, n, f"{attention}/output_dense", f"{hf}.self_attn.out_proj", std
+        )
+        table.layer_norm(
+            f"{path}.feedforward_layer_norm", *n, f"{keras}/_feedforward_layer_norm", f"{hf}.final_layer_norm"
+        )
+        for part, rows, columns, hf_part in (("intermediate", n, m, "fc1"), ("output", m, n, "fc2")):
+            name = f"feedforward_{part}_dense"
+            table.dense(f"{path}.{name}", rows, columns, f"{keras}/_{name}", f"{hf}.{hf_part}", std)
+    table.layer_norm("layer_norm", *n, "layer_normalization", "final_layer_norm")
+    return table
+
+
+class OPTBackbone(Backbone):
+    """KerasHub's OPTBackbone: `{"token_ids", "padding_mask"}` to hidden states (b, t, hidden_dim).
+
+    Also takes `position_ids`. `max_sequence_length=None` becomes the length of the first input.
+    """
+
+    family = "opt"
+    config_class = OPTConfig
+    inputs = {"token_ids": ("padding_mask", "position_ids")}
+    config: OPTConfig
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        dropout: float = 0.1,
+        max_sequence_length: int | None = 2048,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            kwargs,
+            dtype,
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            dropout=dropout,
+            max_sequence_length=max_sequence_length,
+        )
+
+    def parameters(self) -> list[Parameter]:
+        return opt_parameters(self.config)
+
+    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
+        token_ids, length = inputs["token_ids"], inputs["token_ids"].shape[1]
+        if self.config.max_sequence_length is None:
+            self.config = replace(self.config, max_sequence_length=length)
+        check_length(length, self.config.max_sequence_length)
+        position_ids = inputs.get("position_ids")
+        return opt_backbone(
+            token_ids, inputs["padding_mask"], self.device_params, self.config, position_ids=position_ids, rng=rng
+        )
+
+    def new_cache(self, batch: int, capacity: int) -> Params:
+        check_length(capacity, self.config.max_sequence_length)
+        return opt_cache(batch, capacity, self.config)
+
+    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
+        return opt_prefill(token_ids, padding_mask, lengths, self.device_params, cache, self.config, start=start)
+
+    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
+        return opt_decode_step(token_ids, padding_mask, positions, self.device_params, cache, self.config)
+
+
+class OPTCausalLM(CausalLM):
+    """OPT with its tied head: text to text."""
+
+    backbone_class = OPTBackbone

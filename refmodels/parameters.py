@@ -1,0 +1,197 @@
+"""The parameters of a model: one record each, from which trees are counted, drawn, loaded and written.
+
+A model's table (`opt_parameters(config)` and so on) lists every parameter with its place in the tree, its shape, its name in a
+KerasHub weight file and in a Hugging Face checkpoint, and how the original draws it. Nothing here allocates until asked to.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmodels.op import Array, Params
+from refmodels.ops.precision import numpy_dtype
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """How a parameter is drawn: `kind` is zeros, ones, normal, truncated_normal (both with standard deviation `scale`) or
+    uniform (between -`scale` and `scale`)."""
+
+    kind: str
+    scale: float = 0.0
+
+    def draw(self, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+        """One float32 array of this shape."""
+        if self.kind == "zeros":
+            return np.zeros(shape, np.float32)
+        if self.kind == "ones":
+            return np.ones(shape, np.float32)
+        if self.kind == "uniform":
+            return generator.uniform(-self.scale, self.scale, shape).astype(np.float32)
+        values = generator.standard_normal(shape, np.float32)
+        if self.kind == "truncated_normal":  # at two deviations, by drawing again, as the originals do
+            while (outside := np.abs(values) > 2.0).any():
+                values[outside] = generator.standard_normal(int(outside.sum()), np.float32)
+        return values * np.float32(self.scale)
+
+
+ZEROS = Initializer("zeros")
+ONES = Initializer("ones")
+
+
+def normal(std: float) -> Initializer:
+    """Gaussian with standard deviation `std`."""
+    return Initializer("normal", std)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Gaussian with scale `std`, cut off at two of them."""
+    return Initializer("truncated_normal", std)
+
+
+def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform between plus and minus sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
+    return Initializer("uniform", math.sqrt(6.0 / (fan_in + fan_out)))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model.
+
+    path            its place in the tree: `layers.0.self_attention.query.kernel`
+    shape           there
+    keras           dataset in a KerasHub `model.weights.h5`
+    keras_shape     its shape in that file; the values are in the same order, so a reshape converts
+    huggingface     names in a Hugging Face checkpoint without the model's prefix: the usual one, then aliases
+    layout          how the Hugging Face tensor holds it: `same`; `transposed`; `offset_rows` (two rows to drop in front);
+                    `query`, `key` or `value` of BLOOM's interleaved [head][q,k,v][d] tensor
+    initializer     how the original draws it
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    keras: str
+    keras_shape: tuple[int, ...]
+    huggingface: tuple[str, ...]
+    layout: str
+    initializer: Initializer
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class ParameterTable(list[Parameter]):
+    """A list of parameters that a model fills layer by layer."""
+
+    def add(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        keras: str,
+        huggingface: str | tuple[str, ...],
+        initializer: Initializer,
+        *,
+        keras_shape: tuple[int, ...] | None = None,
+        layout: str = "same",
+    ) -> None:
+        """One parameter; `keras` is the dataset below `layers/`."""
+        names = (huggingface,) if isinstance(huggingface, str) else huggingface
+        self.append(Parameter(path, shape, f"layers/{keras}", keras_shape or shape, names, layout, initializer))
+
+    def layer_norm(self, path: str, size: int, keras: str, huggingface: str) -> None:
+        """gamma and beta of a layer norm."""
+        self.add(f"{path}.gamma", (size,), f"{keras}/vars/0", f"{huggingface}.weight", ONES)
+        self.add(f"{path}.beta", (size,), f"{keras}/vars/1", f"{huggingface}.bias", ZEROS)
+
+    def dense(
+        self,
+        path: str,
+        rows: tuple[int, ...],
+        columns: tuple[int, ...],
+        keras: str,
+        huggingface: str,
+        initializer: Initializer,
+        *,
+        bias: bool = True,
+        layout: str = "",
+    ) -> None:
+        """Kernel and bias of a dense layer. `rows` and `columns` are the shapes in the KerasHub file: several axes for heads."""
+        shape = (math.prod(rows), math.prod(columns))
+        self.add(
+            f"{path}.kernel",
+            shape,
+            f"{keras}/vars/0",
+            f"{huggingface}.weight",
+            initializer,
+            keras_shape=rows + columns,
+            layout=layout or "transposed",
+        )
+        if bias:
+            self.add(
+                f"{path}.bias",
+                shape[1:],
+                f"{keras}/vars/1",
+                f"{huggingface}.bias",
+                ZEROS,
+                keras_shape=columns,
+                layout=layout or "same",
+            )
+
+
+def numbered(name: str, index: int) -> str:
+    """Keras' name of layer `index` of one class: `name`, `name_1`, `name_2`, ..."""
+    return name if index == 0 else f"{name}_{index}"
+
+
+def count(parameters: Iterable[Parameter]) -> int:
+    """Number of values in all of them."""
+    return sum(parameter.size for parameter in parameters)
+
+
+def build_tree(parameters: Iterable[Parameter], leaf: Callable[[Parameter], Any]) -> Params:
+    """The tree with `leaf(parameter)` at every path. A path's numbers become list positions, and must come in order."""
+    tree: Params = {}
+    for parameter in parameters:
+        node: Any = tree
+        *parents, last = parameter.path.split(".")
+        for key, child in zip(parents, [*parents[1:], last], strict=True):
+            node = _descend(node, key, [] if child.isdigit() else {})
+        node[last] = leaf(parameter)
+    return tree
+
+
+def _descend(node: Any, key: str, empty: Any) -> Any:
+    if isinstance(node, list):
+        if int(key) == len(node):
+            node.append(empty)
+        return node[int(key)]
+    return node.setdefault(key, empty)
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) for every leaf of a tree, in order."""
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from flatten(child, f"{prefix}{key}.")
+    elif isinstance(tree, list):
+        for index, child in enumerate(tree):
+            yield from flatten(child, f"{prefix}{index}.")
+    else:
+        yield prefix[:-1], tree
+
+
+def draw(parameters: Iterable[Parameter], *, seed: int, dtype: str) -> Params:
+    """Random parameters. Each depends on the seed and its own path alone, so one layer more changes no other layer."""
+    target = numpy_dtype(dtype)
+
+    def leaf(parameter: Parameter) -> Array:
+        generator = np.random.default_rng([seed, zlib.crc32(parameter.path.encode())])
+        return parameter.initializer.draw(parameter.shape, generator).astype(target, copy=False)
+
+    return build_tree(parameters, leaf)

@@ -1,0 +1,595 @@
+"""Tokenizers of the three families, with KerasHub's names and arguments.
+
+sentencepiece does the work for T5, the `tokenizers` library does byte-level BPE for OPT and BLOOM. Both are imported
+only when a tokenizer is built, so that `import refmodels` needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import inspect
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+import numpy as np
+
+__all__ = ["BloomTokenizer", "OPTTokenizer", "StreamDecoder", "T5Tokenizer", "Tokenizer", "load_tokenizer"]
+
+MAX_FILE_BYTES = 256 * 2**20  # the largest real file (BLOOM's tokenizer.json) is 15 MB
+
+# sentencepiece replaces every byte of an incomplete character by its own U+FFFD, Python's "replace" all by one.
+codecs.register_error("refmodels.bytewise", lambda e: ("\ufffd" * (e.end - e.start), e.end))  # type: ignore[attr-defined]
+
+
+class Tokenizer:
+    """What the three tokenizers share; build one of them, or call `load_tokenizer`.
+
+    Attributes: `start_token_id`, `end_token_id`, `pad_token_id` (int), `special_tokens` (list of str) and
+    `special_token_ids` (list of int, same order), `sequence_length` (int or None).
+
+    Source: keras_hub.tokenizers.Tokenizer, whose method names this follows. Results are Python lists, not arrays.
+    """
+
+    start_token: ClassVar[str]
+    end_token: ClassVar[str]
+    pad_token: ClassVar[str]
+    optional_special_tokens: ClassVar[tuple[str, ...]] = ()
+    _family: ClassVar[str]
+    _invalid_bytes: ClassVar[str] = "replace"  # how the streaming decoder treats bytes that are not UTF-8
+
+    def __init__(self, sequence_length: int | None, dtype: str, name: str | None, unknown: dict[str, Any]) -> None:
+        if unknown:
+            known = _names(_arguments(type(self)))
+            raise TypeError(f"{type(self).__name__} has no argument {_names(unknown)}; it takes {known}")
+        if sequence_length is not None and (not _is_int(sequence_length) or sequence_length < 1):
+            raise ValueError(f"sequence_length must be None or a positive integer, not {sequence_length!r}")
+        if dtype not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
+            raise ValueError(f'dtype must name an integer type such as "int32", not {dtype!r}')
+        self.sequence_length = sequence_length
+        self.dtype = dtype
+        self.name = name or f"{self._family}_tokenizer"
+
+    def _set_special_tokens(self, vocabulary: dict[str, int], source: str) -> None:
+        """Keep the vocabulary and look the special tokens up; `source` is what the error calls the file."""
+        self._ids = vocabulary
+        self._tokens = {i: token for token, i in vocabulary.items()}
+        required = list(dict.fromkeys((self.start_token, self.end_token, self.pad_token)))
+        if missing := [token for token in required if token not in vocabulary]:
+            raise ValueError(f"{source} lacks the special token {_names(missing)} that {type(self).__name__} needs")
+        optional = [t for t in self.optional_special_tokens if t in vocabulary and t not in required]
+        self.special_tokens = required + optional
+        self.special_token_ids = [vocabulary[token] for token in self.special_tokens]
+        self.start_token_id = vocabulary[self.start_token]
+        self.end_token_id = vocabulary[self.end_token]
+        self.pad_token_id = vocabulary[self.pad_token]
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids that all are in the vocabulary."""
+        raise NotImplementedError
+
+    def _piece(self, id: int, head: list[int]) -> str | bytes:
+        """What one id adds to a text that so far is that of `head`: text, or bytes that may be part of a character."""
+        raise NotImplementedError
+
+    def _next_head(self, id: int, head: list[int], text_so_far: bool) -> list[int]:
+        """The few ids that stand for everything streamed so far, as far as the next piece depends on it."""
+        return head
+
+    def _assets(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    @overload
+    def tokenize(self, inputs: str) -> list[int]: ...
+    @overload
+    def tokenize(self, inputs: list[str] | tuple[str, ...]) -> list[list[int]]: ...
+    def tokenize(self, inputs: str | list[str] | tuple[str, ...]) -> list[int] | list[list[int]]:
+        """Ids of a text (list of int), or of each text of a list (list of lists).
+
+        With `sequence_length` set, every result is cut or padded on the right to that length. Raises TypeError for
+        anything but text, ValueError for text with lone surrogates (it is not Unicode) or without ids.
+        """
+        if isinstance(inputs, (list, tuple)) and all(isinstance(text, str) for text in inputs):
+            return [self.tokenize(text) for text in inputs]
+        if not isinstance(inputs, str):
+            raise TypeError(f"tokenize needs a str or a list of str, not {inputs!r:.80}")
+        inputs.encode()  # the libraries' errors for a lone surrogate differ; this is Python's UnicodeEncodeError
+        ids = self._encode(inputs)
+        if self.sequence_length is None:
+            return ids
+        return (ids + [self.pad_token_id] * (self.sequence_length - len(ids)))[: self.sequence_length]
+
+    __call__ = tokenize
+
+    def detokenize(self, ids: Any, skip_special_tokens: bool = True) -> Any:
+        """Text of a list (or array) of ids: str; of a nested list: a list of str.
+
+        Models pad their vocabulary, so an id past its end is no error: it has no text. Raises ValueError for a
+        negative id or one that is no integer.
+        """
+        rows = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        if not isinstance(rows, (list, tuple)):
+            rows = [rows]
+        if rows and isinstance(rows[0], (list, tuple, np.ndarray)):
+            return [self.detokenize(row, skip_special_tokens) for row in rows]
+        return self._decode([i for i in map(_check_id, rows) if self._has_text(i, skip_special_tokens)])
+
+    def _has_text(self, id: int, skip_special_tokens: bool) -> bool:
+        return id in self._tokens and not (skip_special_tokens and id in self.special_token_ids)
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder to push ids into one at a time, as they are generated."""
+        return StreamDecoder(self, skip_special_tokens)
+
+    def vocabulary_size(self) -> int:
+        """The number of pieces the tokenizer has; the model's embedding may have more rows."""
+        return len(self._ids)
+
+    def get_vocabulary(self) -> list[str]:
+        """All pieces, in the order of their ids."""
+        return [self._tokens[i] for i in sorted(self._tokens)]
+
+    def id_to_token(self, id: int) -> str:
+        """The piece with this id; ValueError if there is none."""
+        token = self._tokens.get(_check_id(id))
+        if token is None:
+            raise ValueError(f"id {id} is not in the vocabulary of {self.vocabulary_size()} pieces")
+        return token
+
+    def token_to_id(self, token: str) -> int:
+        """The id of this piece; ValueError if there is none."""
+        if token not in self._ids:
+            raise ValueError(f"{token!r} is not in the vocabulary of {self.vocabulary_size()} pieces")
+        return self._ids[token]
+
+    def get_config(self) -> dict[str, Any]:
+        """What KerasHub keeps under "config" in tokenizer.json."""
+        policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": self.dtype}}
+        config = {"name": self.name, "trainable": True, "dtype": policy | {"registered_name": None}}
+        return config | {"config_file": "tokenizer.json", "sequence_length": self.sequence_length}
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and assets/tokenizer/ the way KerasHub does; `load_tokenizer` reads them back."""
+        name = type(self).__name__
+        envelope: dict[str, Any] = {
+            "module": f"keras_hub.src.models.{self._family}.{self._family}_tokenizer",
+            "class_name": name,
+        }
+        envelope |= {"config": self.get_config(), "registered_name": f"keras_hub>{name}"}
+        assets = Path(directory) / "assets" / "tokenizer"
+        assets.mkdir(parents=True, exist_ok=True)
+        for file, content in self._assets().items():
+            (assets / file).write_bytes(content)
+        (Path(directory) / "tokenizer.json").write_text(json.dumps(envelope, indent=4) + "\n", encoding="utf-8")
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time; get one from `Tokenizer.stream_decoder`.
+
+    `push` returns only text that no later id can change: bytes of an unfinished character are held back. All pieces
+    joined, `finish` included, are `Tokenizer.detokenize` of all ids. The cost of an id does not grow with the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer._invalid_bytes)
+        self._head: list[int] = []
+
+    def push(self, id: int) -> str:
+        """The text that is certain now and was not before; raises ValueError as `detokenize` does."""
+        id = _check_id(id)
+        if not self._tokenizer._has_text(id, self._skip):
+            return ""
+        piece = self._tokenizer._piece(id, self._head)
+        if isinstance(piece, bytes):
+            text = self._utf8.decode(piece)
+        else:  # a piece of text ends the character that the bytes before it began
+            text = self._utf8.decode(b"", final=True) + piece
+        self._head = self._tokenizer._next_head(id, self._head, bool(text))
+        return text
+
+    def finish(self) -> str:
+        """The rest of the text; the decoder then is ready for another one."""
+        self._head = []
+        return self._utf8.decode(b"", final=True)
+
+
+class T5Tokenizer(Tokenizer):
+    """T5's sentencepiece tokenizer.
+
+    Args:
+        proto: path of the .spm / spiece.model file, or its content as bytes.
+        sequence_length: int or None, the length to cut and pad to.
+        add_bos, add_eos: bool, whether `tokenize` adds the model's start (T5 has none) and end pieces.
+        extra_ids: int, how many of Hugging Face's pieces <extra_id_0>, <extra_id_1>, ... to put behind the model's
+            own, the last one first; KerasHub has none.
+
+    The special tokens have no text: `detokenize` gives "" for them either way. In a text they are plain characters.
+    Raises ImportError without sentencepiece, ValueError for a file that is not a sentencepiece model.
+
+    Source: keras_hub.models.T5Tokenizer; extra ids as in transformers.T5Tokenizer.
+    """
+
+    start_token = end_token = "</s>"
+    pad_token = "<pad>"
+    _family = "t5"
+    _invalid_bytes = "refmodels.bytewise"
+
+    def __init__(
+        self,
+        proto: str | Path | bytes,
+        sequence_length: int | None = None,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        dtype: str = "int32",
+        *,
+        extra_ids: int = 0,
+        name: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(sequence_length, dtype, name, unknown)
+        if not _is_int(extra_ids) or not 0 <= extra_ids <= 10_000:
+            raise ValueError(f"extra_ids must be an integer from 0 to 10000, not {extra_ids!r}")
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ImportError("T5Tokenizer needs sentencepiece: pip install sentencepiece") from error
+        source = "proto" if isinstance(proto, bytes) else str(proto)
+        self._proto = proto if isinstance(proto, bytes) else _read(Path(proto))
+        _check(len(self._proto) > 0, f"{source} is empty, wanted a sentencepiece model")
+        try:
+            self._model: Any = SentencePieceProcessor(model_proto=self._proto + _extra_pieces(extra_ids))
+        except RuntimeError as error:
+            raise ValueError(f"{source} is not a sentencepiece model ({len(self._proto)} bytes read)") from error
+        count = self._model.get_piece_size()
+        self._set_special_tokens({self._model.id_to_piece(i): i for i in range(count)}, source)
+        if add_bos and self._model.bos_id() < 0:
+            raise ValueError(f"add_bos needs a sentencepiece model with a start piece, and {source} has none")
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+        self.extra_ids = extra_ids
+        self._extra_pattern = re.compile("(" + "|".join(f"<extra_id_{n}>" for n in range(extra_ids)) + ")")
+
+    def _encode(self, text: str) -> list[int]:
+        # A piece <extra_id_n> stands for a span: as in Hugging Face, the text on either side of it is encoded on its
+        # own, so that it takes no space of its neighbours.
+        parts = self._extra_pattern.split(text) if self.extra_ids else [text]
+        ids = [self._model.bos_id()] if self.add_bos else []
+        for n, part in enumerate(parts):
+            ids += [self._ids[part]] if n % 2 else self._model.encode(part)
+        return [*ids, self.end_token_id] if self.add_eos else ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._model.decode(ids))
+
+    def _piece(self, id: int, head: list[int]) -> str | bytes:
+        if self._model.is_byte(id):
+            return bytes([int(self._tokens[id][3:5], 16)])  # "<0xE3>"
+        return self._decode([*head, id])[len(self._decode(head)) :]
+
+    def _next_head(self, id: int, head: list[int], text_so_far: bool) -> list[int]:
+        # sentencepiece drops spaces while there is no text. Before the first text the last piece tells it where it is,
+        # after it any piece with text of its own does. A byte is text, if only that of a broken character.
+        if text_so_far or self._model.is_byte(id):
+            return [self._model.unk_id()]
+        return head if head or self._model.is_control(id) else [id]
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config() | {"proto": None, "add_bos": self.add_bos, "add_eos": self.add_eos}
+        return config | {"extra_ids": self.extra_ids} if self.extra_ids else config  # KerasHub does not know the key
+
+    def _assets(self) -> dict[str, bytes]:
+        return {"vocabulary.spm": self._proto}
+
+
+class _BytePairTokenizer(Tokenizer):
+    """Byte-level BPE over a vocabulary (dict of str to int, or path of its JSON) and merges (list, or path)."""
+
+    def __init__(
+        self,
+        vocabulary: dict[str, int] | str | Path,
+        merges: Sequence[str | Sequence[str]] | str | Path,
+        sequence_length: int | None = None,
+        add_prefix_space: bool = False,
+        unsplittable_tokens: Sequence[str] | None = None,
+        dtype: str = "int32",
+        *,
+        name: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(sequence_length, dtype, name, unknown)
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(f"{type(self).__name__} needs tokenizers: pip install tokenizers") from error
+        source = str(vocabulary) if isinstance(vocabulary, (str, Path)) else "vocabulary"
+        table = _read_json(Path(vocabulary)) if isinstance(vocabulary, (str, Path)) else vocabulary
+        self._set_special_tokens(_checked_vocabulary(table, source), source)
+        self._merges = _checked_merges(merges, self._ids)
+        self.add_prefix_space = add_prefix_space
+        self.unsplittable_tokens = list(map(str, unsplittable_tokens or ()))
+        if missing := [token for token in self.unsplittable_tokens if token not in self._ids]:
+            raise ValueError(f"{source} lacks the unsplittable token {_names(missing)}")
+        # Without an unknown token the library would silently drop what it has no symbol for. No text can hold this
+        # one: byte-level text has no NUL.
+        unknown_token = "<unk>" if "<unk>" in self._ids else "\0"
+        model = tokenizers.models.BPE(
+            vocab={unknown_token: max(self._tokens) + 1} | self._ids, merges=self._merges, unk_token=unknown_token
+        )
+        self._bpe = tokenizers.Tokenizer(model)
+        self._bpe.pre_tokenizer = self._splitting_rule(tokenizers)
+        self._bpe.decoder = tokenizers.decoders.ByteLevel()
+        self._bpe.add_special_tokens(self.special_tokens + self.unsplittable_tokens)
+        # Byte-level BPE writes printable Latin-1 bytes as themselves and the others, in order, from U+0100 on.
+        self._bytes = {c: ord(c) for c in tokenizers.pre_tokenizers.ByteLevel.alphabet() if ord(c) < 256}
+        others = (byte for byte in range(256) if chr(byte) not in self._bytes)
+        self._bytes |= {chr(256 + n): byte for n, byte in enumerate(list(others))}
+
+    def _splitting_rule(self, tokenizers: Any) -> Any:
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> list[int]:
+        # Not left to the library: its ByteLevel would put a space before every piece that BLOOM's Split made.
+        if self.add_prefix_space and text and not text[0].isspace():
+            text = " " + text
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        if any(i not in self._tokens for i in ids):
+            raise ValueError(f"the vocabulary has neither all symbols of the text nor <unk>: {text[:40]!r}")
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._bpe.decode(ids, skip_special_tokens=False)
+
+    def _piece(self, id: int, head: list[int]) -> str | bytes:
+        token = self._tokens[id]
+        try:
+            return bytes(self._bytes[c] for c in token)
+        except KeyError:  # a special token need not be written in the byte alphabet
+            return token.encode()
+
+    def get_config(self) -> dict[str, Any]:
+        options = {"add_prefix_space": self.add_prefix_space, "unsplittable_tokens": self.unsplittable_tokens}
+        return super().get_config() | options
+
+    def _assets(self) -> dict[str, bytes]:
+        merges = "".join(f"{left} {right}\n" for left, right in self._merges)
+        return {"vocabulary.json": json.dumps(self._ids, ensure_ascii=False).encode(), "merges.txt": merges.encode()}
+
+
+class OPTTokenizer(_BytePairTokenizer):
+    """OPT's byte-level BPE tokenizer, which splits text as GPT-2 does.
+
+    Args:
+        vocabulary: dict of str to int, or path of vocabulary.json.
+        merges: list of "left right" strings or of pairs, or path of merges.txt.
+        sequence_length: int or None, the length to cut and pad to.
+        add_prefix_space: bool, whether a text that does not begin with white space gets a space in front.
+        unsplittable_tokens: list of str, pieces that are found in the text before it is split. The special tokens
+            always are.
+
+    Raises ImportError without the `tokenizers` library, ValueError for a malformed or incomplete vocabulary.
+
+    Source: keras_hub.models.OPTTokenizer of keras-hub 0.17 (newer ones lost the splitting rule), transformers' OPT.
+    """
+
+    start_token = end_token = "</s>"
+    pad_token = "<pad>"
+    optional_special_tokens = ("<s>", "<unk>")
+    _family = "opt"
+
+    def _splitting_rule(self, tokenizers: Any) -> Any:
+        return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+class BloomTokenizer(_BytePairTokenizer):
+    """BLOOM's byte-level BPE tokenizer; its arguments and errors are those of `OPTTokenizer`.
+
+    The rule that splits text is BLOOM's own, from Hugging Face's tokenizer.json; KerasHub uses another one, so that
+    the ids of "don't" and the like differ from KerasHub's and agree with the checkpoints' training.
+
+    Source: keras_hub.models.BloomTokenizer, bigscience/bloom tokenizer.json.
+    """
+
+    start_token = "<s>"
+    end_token = "</s>"
+    pad_token = "<pad>"
+    optional_special_tokens = ("<unk>",)
+    _family = "bloom"
+    splitting_pattern: ClassVar[str] = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+
+    def _splitting_rule(self, tokenizers: Any) -> Any:
+        rules = tokenizers.pre_tokenizers
+        # Regex, not a plain string, which the library would look for literally.
+        words = rules.Split(tokenizers.Regex(self.splitting_pattern), behavior="isolated")
+        return rules.Sequence([words, rules.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_FAMILIES: dict[str, type[Tokenizer]] = {c._family: c for c in (T5Tokenizer, OPTTokenizer, BloomTokenizer)}
+
+
+def load_tokenizer(directory: str | Path, family: str | None = None, **options: Any) -> Tokenizer:
+    """The tokenizer of a KerasHub preset directory or of a Hugging Face model directory.
+
+    Args:
+        directory: path. KerasHub's has tokenizer.json with a "class_name" and assets/tokenizer/; Hugging Face's has
+            spiece.model (T5), or tokenizer.json with a "model", or vocab.json and merges.txt (OPT, BLOOM).
+        family: "t5", "opt" or "bloom"; by default what tokenizer.json or config.json says.
+        options: arguments of the tokenizer that replace those in the files.
+
+    Raises FileNotFoundError for a missing directory or file, ValueError for one that does not hold what it should,
+    for a file over 256 MB and for a link that leads out of the directory.
+    """
+    if family is not None and family not in _FAMILIES:
+        raise ValueError(f"family must be one of {_names(_FAMILIES)}, not {family!r}")
+    root = Path(directory).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    data = _optional_json(root, "tokenizer.json")
+    if "class_name" in data:
+        return _load_keras_hub(root, data, family, options)
+    if data and "model" not in data:
+        raise ValueError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
+    return _load_hugging_face(root, data, family, options)
+
+
+def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
+    file = root / "tokenizer.json"
+    found = {c.__name__: c for c in _FAMILIES.values()}.get(str(data["class_name"]))
+    wanted = [c.__name__ for c in _FAMILIES.values() if family in (None, c._family)]
+    if found is None or found.__name__ not in wanted:
+        raise ValueError(f"{file} describes a {data['class_name']}, wanted {_names(wanted)}")
+    config: Any = data.get("config")
+    _check(isinstance(config, dict), f'{file} must hold "config" as an object, found {type(config).__name__}')
+    dtype = config.get("dtype", "int32")
+    while isinstance(dtype, dict):  # a serialized DTypePolicy; the oldest files have a plain string
+        dtype = dtype.get("config", dtype.get("name"))
+    of_keras = ("trainable", "config_file", "proto", "vocabulary", "merges")  # the assets are files of their own
+    arguments = {k: v for k, v in config.items() if k not in of_keras}
+    if surplus := arguments.keys() - set(_arguments(found)):
+        raise ValueError(f"{file} has the unknown setting {_names(sorted(surplus))} for {found.__name__}")
+    assets = ["vocabulary.spm"] if found is T5Tokenizer else ["vocabulary.json", "merges.txt"]
+    paths: list[Any] = [_inside(root, f"assets/tokenizer/{name}") for name in assets]
+    return found(*paths, **(arguments | {"dtype": dtype} | options))
+
+
+def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
+    settings = _optional_json(root, "tokenizer_config.json")
+    config = _optional_json(root, "config.json")
+    # "opt" in Hugging Face's config.json, "keras_hub>OPTBackbone" in KerasHub's
+    name = str(config.get("model_type") or config.get("registered_name") or "nothing")
+    stated = name.split(">")[-1].removesuffix("Backbone").lower()
+    if (family or stated) not in _FAMILIES or (family and stated in _FAMILIES and stated != family):
+        wanted = repr(family) if family else f"{_names(_FAMILIES)}: pass family="
+        raise ValueError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
+    family = family or stated
+    if family == "t5":
+        proto = _inside(root, "spiece.model")
+        if "extra_ids" not in options:
+            special = str(_optional_json(root, "special_tokens_map.json").get("additional_special_tokens"))
+            listed = len(set(re.findall(r"<extra_id_\d+>", special)))
+            default = 100 if T5Tokenizer(proto).vocabulary_size() == 32000 else 0
+            options = options | {"extra_ids": settings.get("extra_ids", listed or default)}
+        return T5Tokenizer(proto, **options)
+    options = {"add_prefix_space": bool(settings.get("add_prefix_space", False))} | options
+    found: type[Any] = _FAMILIES[family]
+    if not data:
+        return found(_inside(root, "vocab.json"), _inside(root, "merges.txt"), **options)  # type: ignore[no-any-return]
+    file, model, added = root / "tokenizer.json", data["model"], data.get("added_tokens") or []
+    if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys() or model.get("type", "BPE") != "BPE":
+        raise ValueError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
+    sound = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
+    _check(sound, f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
+    try:
+        options = {"unsplittable_tokens": [t["content"] for t in added]} | options
+        vocabulary = _checked_vocabulary(model["vocab"], "vocab") | {t["content"]: t.get("id") for t in added}
+        return found(vocabulary, model["merges"], **options)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The file's real path, which must be in the (real) directory: a downloaded link may point anywhere."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{root / name} is a link to {path}, which is outside the directory")
+    return path
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing or not a file")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than the {MAX_FILE_BYTES} a tokenizer file may have")
+    return path.read_bytes()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _optional_json(root: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is no such file."""
+    path = _inside(root, name)
+    data = _read_json(path) if path.exists() else {}
+    _check(isinstance(data, dict), f"{path} must hold a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _checked_vocabulary(table: Any, source: str) -> dict[str, int]:
+    _check(isinstance(table, dict), f"{source} must hold a dict of str to int, found {type(table).__name__}")
+    owners: dict[int, str] = {}
+    for token, i in table.items():
+        if not isinstance(token, str) or not _is_int(i) or not 0 <= i < 2**31:
+            raise ValueError(f"{source} must give every token an integer id from 0 on, found {token!r}: {i!r}")
+        if i in owners:
+            raise ValueError(f"{source} must give every token its own id, found {i} for {owners[i]!r} and {token!r}")
+        owners[i] = token
+    return {token: int(i) for token, i in table.items()}
+
+
+def _checked_merges(merges: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    source, first = "merges", 1
+    if isinstance(merges, (str, Path)):
+        source = str(merges)
+        try:
+            merges = _read(Path(merges)).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text: {error}") from error
+        if merges[0].startswith("#version") or merges == [""]:
+            merges, first = merges[1:], 2
+    _check(isinstance(merges, (list, tuple)), f"{source} must be a list of pairs, found {type(merges).__name__}")
+    pairs = []
+    for number, merge in enumerate(merges, first):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
+            raise ValueError(f"{source}, entry {number}: found {merge!r}, wanted two parts")
+        left, right = parts
+        for piece in (left, right, left + right):
+            if piece not in vocabulary:
+                raise ValueError(f"{source}, entry {number}: the vocabulary lacks {piece!r}")
+        pairs.append((left, right))
+    return pairs
+
+
+def _extra_pieces(count: int) -> bytes:
+    """<extra_id_count-1> ... <extra_id_0>, to append to a serialized sentencepiece model.
+
+    Protobuf messages merge when they are concatenated, so these become further entries of the field `pieces` (1),
+    each with the fields `piece` (1) and `type` (3) = USER_DEFINED (4).
+    """
+    pieces = (f"<extra_id_{n}>".encode() for n in reversed(range(count)))
+    entries = (b"\x0a" + bytes([len(piece)]) + piece + b"\x18\x04" for piece in pieces)
+    return b"".join(b"\x0a" + bytes([len(entry)]) + entry for entry in entries)
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    """ValueError, not TypeError: it is the content of a file that is wrong."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_id(id: Any) -> int:
+    if not _is_int(id) or id < 0:
+        raise ValueError(f"a token id must be an integer from 0 on, not {id!r}")
+    return int(id)
+
+
+def _arguments(kind: type[Tokenizer]) -> list[str]:
+    return [name for name in inspect.signature(kind).parameters if name != "unknown"]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
