@@ -1,6 +1,7 @@
 """What the three backbones share: constructor arguments, checked inputs, parameters, counting, the run on an accelerator."""
 
 import math
+import secrets
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -121,7 +122,7 @@ class Backbone(ABC):
         self.trainable: bool = options["trainable"]
         self.accelerator: Accelerator | None = find(options["accelerator"])
         # Without a seed the weights are random, but the same for the life of this object.
-        self.seed: int = int(np.random.SeedSequence().entropy % 2**63 if options["seed"] is None else options["seed"])
+        self.seed: int = secrets.randbits(63) if options["seed"] is None else int(options["seed"])
         self._params: Params | None = None
         self._device_params: Params | None = None
 
@@ -206,8 +207,7 @@ class Backbone(ABC):
         """
         from refmodels.presets import load_backbone
 
-        backbone: Self = load_backbone(cls, preset, load_weights=load_weights, **kwargs)
-        return backbone
+        return load_backbone(cls, preset, load_weights=load_weights, **kwargs)
 
     # -- calling ----------------------------------------------------------------------------------------------------------
 
