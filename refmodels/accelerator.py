@@ -12,12 +12,14 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refmodels.op import Op, Params, executing
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "refmodels.accelerators"
 REFERENCE = "reference"
@@ -109,8 +111,10 @@ class Accelerator:
         return f"<accelerator {self.name}: kernels for {len(self._kernels)} ops>"
 
 
-def installed() -> dict[str, EntryPoint]:
+def installed() -> "dict[str, EntryPoint]":
     """The plug-ins that are installed, by name; none of them is imported."""
+    from importlib.metadata import entry_points  # slow to import
+
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 

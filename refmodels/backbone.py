@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from refmodels.accelerator import Accelerator, find
-from refmodels.op import Array, Params, executing
+from refmodels.op import Array, Op, Params, executing
 from refmodels.ops.linear import embedding, linear, logits_from_embeddings
 from refmodels.ops.precision import POLICIES, compute_dtype, numpy_dtype, variable_dtype
 from refmodels.parameters import Parameter, count, draw
@@ -109,6 +109,8 @@ class Backbone(ABC):
     """Token input -> names of the inputs that go with it: its mask, then others."""
 
     presets: ClassVar[ClassPresets] = ClassPresets()
+    prefill_op: ClassVar[Op[..., Array]]
+    decode_op: ClassVar[Op[..., Array]]
     config: Any
 
     def __init__(self, options: dict[str, Any], dtype: Any, **arguments: Any) -> None:
@@ -217,8 +219,8 @@ class Backbone(ABC):
             raise ValueError(f"training with dropout {self.config.dropout} needs rng=numpy.random.default_rng(seed)")
         arrays = self._checked(inputs)
         with self.running():
-            outputs = self._forward(arrays, rng if training else None)
-            return self._on_host(outputs)
+            on_device = {name: self.on_device(array) for name, array in arrays.items()}
+            return self.on_host(self._forward(on_device, rng if training else None))
 
     @abstractmethod
     def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Any:
@@ -233,9 +235,14 @@ class Backbone(ABC):
             with executing(self.accelerator):
                 yield
 
-    def _on_host(self, outputs: Any) -> Any:
+    def on_device(self, array: Array) -> Any:
+        """A NumPy array as the accelerator's kind."""
+        return array if self.accelerator is None else self.accelerator.asarray(array)
+
+    def on_host(self, outputs: Any) -> Any:
+        """An array of the accelerator's kind, or a dictionary of them, as NumPy's."""
         if isinstance(outputs, dict):
-            return {name: self._on_host(value) for name, value in outputs.items()}
+            return {name: self.on_host(value) for name, value in outputs.items()}
         return outputs if self.accelerator is None else self.accelerator.asnumpy(outputs)
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -283,13 +290,23 @@ class Backbone(ABC):
 
     # -- generation -------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
-        """Take prompts (b, t) into the cache from positions `start` on; scores (b, v) of the token after each."""
+    def prefill(
+        self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array | None = None
+    ) -> Array:
+        """Take prompts (b, t) into the cache from positions `start` (b,) on; scores (b, v) of the token after each.
 
-    @abstractmethod
+        The result is an array of the accelerator's kind, and so is the next method's.
+        """
+        with self.running():
+            ids, mask, counts = (self.on_device(array) for array in (token_ids, padding_mask, lengths))
+            first = None if start is None else self.on_device(start)
+            return self.prefill_op(ids, mask, counts, self.device_params, cache, self.config, start=first)
+
     def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
-        """Take one token a row (b, 1) into the cache; scores (b, v) of the next."""
+        """Take one token a row (b, 1) into the cache at its position (b,); scores (b, v) of the next."""
+        with self.running():
+            ids, mask, places = (self.on_device(array) for array in (token_ids, padding_mask, positions))
+            return self.decode_op(ids, mask, places, self.device_params, cache, self.config)
 
     @cached_property
     def token_embedding(self) -> "TokenEmbedding":

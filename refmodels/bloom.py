@@ -144,7 +144,7 @@ def bloom_prefill(
     cache: Params,
     config: BloomConfig,
     *,
-    start: Int[Array, "b"],
+    start: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b v"]:
     """Take in prompts (row i holds lengths[i] tokens, then padding) and score the token after each."""
     hidden = bloom_backbone(token_ids, padding_mask, params, config, cache=cache, start=start)
@@ -209,6 +209,8 @@ class BloomBackbone(Backbone):
     family = "bloom"
     config_class = BloomConfig
     inputs = {"token_ids": ("padding_mask",)}
+    prefill_op = bloom_prefill
+    decode_op = bloom_decode_step
     config: BloomConfig
 
     def __init__(
@@ -243,12 +245,6 @@ class BloomBackbone(Backbone):
 
     def new_cache(self, batch: int, capacity: int) -> Params:
         return bloom_cache(batch, capacity, self.config)
-
-    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
-        return bloom_prefill(token_ids, padding_mask, lengths, self.device_params, cache, self.config, start=start)
-
-    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
-        return bloom_decode_step(token_ids, padding_mask, positions, self.device_params, cache, self.config)
 
 
 class BloomCausalLM(CausalLM):

@@ -21,7 +21,9 @@ class Decoder(Protocol):
     """What the loop asks of a backbone."""
 
     def running(self) -> Any: ...
-    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array: ...
+    def on_device(self, array: Array) -> Any: ...
+    def on_host(self, outputs: Any) -> Any: ...
+    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params) -> Array: ...
     def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array: ...
 
 
@@ -84,14 +86,14 @@ class Sampling:
             raise ValueError(f"seed has {len(seeds)} entries, wanted one integer or {rows}")
         return [np.random.default_rng(seed) for seed in seeds]
 
-    def choose(self, logits: Array, generators: list[np.random.Generator]) -> Array:
+    def choose(self, decoder: Decoder, logits: Array, generators: list[np.random.Generator]) -> Array:
         """One token for each row of scores."""
         if self.kind == "greedy":
-            return np.asarray(greedy_token(logits))
+            return greedy_token(logits)
         top_k = 5 if self.kind == "top_k" and self.top_k is None else self.top_k
         top_p = 0.1 if self.kind == "top_p" and self.top_p is None else self.top_p
-        uniform = np.array([generator.random() for generator in generators])
-        return np.asarray(sample_token(logits, uniform, temperature=self.temperature, top_k=top_k, top_p=top_p))
+        uniform = decoder.on_device(np.array([generator.random() for generator in generators]))
+        return sample_token(logits, uniform, temperature=self.temperature, top_k=top_k, top_p=top_p)
 
 
 def decode(
@@ -110,16 +112,14 @@ def decode(
     logits, positions = _prefill(decoder, cache, prompts)
     while True:
         with decoder.running():
-            tokens = sampling.choose(logits, generators)
+            tokens = decoder.on_host(sampling.choose(decoder, logits, generators))
         active = remaining > 0
         yield [int(token) if on else None for token, on in zip(tokens, active, strict=True)]
         remaining[active] -= 1
         remaining[np.isin(tokens, list(stop))] = 0
         if not (remaining > 0).any():
             return
-        with decoder.running():
-            ones = np.ones((len(prompts), 1), bool)
-            logits = decoder.decode_step(tokens[:, None], ones, positions, cache)
+        logits = decoder.decode_step(tokens[:, None], np.ones((len(prompts), 1), bool), positions, cache)
         positions = positions + (remaining > 0)  # a row that is done stays where it is, inside its cache
 
 
@@ -131,8 +131,7 @@ def _prefill(decoder: Decoder, cache: Params, prompts: Sequence[Sequence[int]]) 
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int64)
     ids[mask] = np.concatenate([np.asarray(prompt) for prompt in prompts])
-    with decoder.running():
-        return decoder.prefill(ids, mask, lengths, cache, np.zeros(len(prompts), np.int64)), lengths
+    return decoder.prefill(ids, mask, lengths, cache), lengths
 
 
 def beam_search(
@@ -151,9 +150,9 @@ def beam_search(
     scores = np.zeros(1)
     for length in range(1, limit + 1):
         with decoder.running():
-            candidates = beam_candidates(logits, scores, width * max(2, 1 + len(stop)))
+            candidates = beam_candidates(logits, decoder.on_device(scores), width * max(2, 1 + len(stop)))
         running: list[tuple[float, int, int]] = []
-        for rank, (score, beam, token) in enumerate(zip(*(part.tolist() for part in candidates), strict=True)):
+        for rank, (score, beam, token) in enumerate(zip(*(decoder.on_host(part).tolist() for part in candidates), strict=True)):
             if token not in stop:
                 running.append((score, beam, token))
             elif rank < width:
@@ -169,10 +168,10 @@ def beam_search(
             finished += zip(ranked.tolist(), hypotheses, strict=True)
             break
         with decoder.running():
-            cache = select_rows(cache, np.array([beam for _, beam, _ in running]))
-            ids = np.array([[token] for _, _, token in running])
-            positions = np.repeat(position + length - 1, len(running))
-            logits = decoder.decode_step(ids, np.ones(ids.shape, bool), positions, cache)
+            cache = select_rows(cache, decoder.on_device(np.array([beam for _, beam, _ in running])))
+        ids = np.array([[token] for _, _, token in running])
+        positions = np.repeat(position + length - 1, len(running))
+        logits = decoder.decode_step(ids, np.ones(ids.shape, bool), positions, cache)
     return max(finished, key=lambda entry: entry[0])[1]
 
 

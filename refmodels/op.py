@@ -129,12 +129,16 @@ class Op(Generic[P, R]):
             if isinstance(parameter.annotation, Shape)
         }
         self.result = self.signature.return_annotation
-        self.check = _shape_check(self)
+        self.check: Callable[..., None] = self._first_check
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         observers = _observers.get()
         result: R = self._observed(observers, args, kwargs) if observers else self._run(args, kwargs)
         return result
+
+    def _first_check(self, *args: Any, **kwargs: Any) -> None:
+        self.check = _shape_check(self)  # compiled when first needed: importing the package compiles none
+        self.check(*args, **kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         executor = _executor.get()

@@ -147,7 +147,7 @@ def opt_prefill(
     cache: Params,
     config: OPTConfig,
     *,
-    start: Int[Array, "b"],
+    start: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b v"]:
     """Take in prompts (row i holds lengths[i] tokens, then padding) and score the token after each."""
     hidden = opt_backbone(token_ids, padding_mask, params, config, cache=cache, start=start)
@@ -222,6 +222,8 @@ class OPTBackbone(Backbone):
     family = "opt"
     config_class = OPTConfig
     inputs = {"token_ids": ("padding_mask", "position_ids")}
+    prefill_op = opt_prefill
+    decode_op = opt_decode_step
     config: OPTConfig
 
     def __init__(
@@ -264,12 +266,6 @@ class OPTBackbone(Backbone):
     def new_cache(self, batch: int, capacity: int) -> Params:
         check_length(capacity, self.config.max_sequence_length)
         return opt_cache(batch, capacity, self.config)
-
-    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
-        return opt_prefill(token_ids, padding_mask, lengths, self.device_params, cache, self.config, start=start)
-
-    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
-        return opt_decode_step(token_ids, padding_mask, positions, self.device_params, cache, self.config)
 
 
 class OPTCausalLM(CausalLM):

@@ -273,7 +273,7 @@ def t5_prefill(
     cache: Params,
     config: T5Config,
     *,
-    start: Int[Array, "b"],
+    start: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b v"]:
     """Take in the decoder's first tokens (row i holds lengths[i], then padding) and score the token after each."""
     encoded, mask = cache["encoded"], cache["encoder_padding_mask"]
@@ -356,6 +356,8 @@ class T5Backbone(Backbone):
     family = "t5"
     config_class = T5Config
     inputs = {"encoder_token_ids": ("encoder_padding_mask",), "decoder_token_ids": ("decoder_padding_mask",)}
+    prefill_op = t5_prefill
+    decode_op = t5_decode_step
     config: T5Config
 
     def __init__(
@@ -398,12 +400,6 @@ class T5Backbone(Backbone):
 
     def new_cache(self, encoder_token_ids: Array, encoder_padding_mask: Array, capacity: int) -> Params:
         return t5_cache(encoder_token_ids, encoder_padding_mask, capacity, self.device_params, self.config)
-
-    def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array) -> Array:
-        return t5_prefill(token_ids, padding_mask, lengths, self.device_params, cache, self.config, start=start)
-
-    def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
-        return t5_decode_step(token_ids, padding_mask, positions, self.device_params, cache, self.config)
 
 
 class T5Seq2SeqLM(Seq2SeqLM):

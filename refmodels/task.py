@@ -138,7 +138,8 @@ class Task(ABC):
             if batch.encoder_ids is None:
                 cache: Params = self.backbone.new_cache(len(batch.prompts), capacity)
             else:
-                cache = self.backbone.new_cache(batch.encoder_ids, batch.encoder_mask, capacity)
+                ids, mask = self.backbone.on_device(batch.encoder_ids), self.backbone.on_device(batch.encoder_mask)
+                cache = self.backbone.new_cache(ids, mask, capacity)
         return cache
 
     @abstractmethod

@@ -1,0 +1,101 @@
+"""The page `spec/ops.md`, written from the op table: `python -m refmodels.opdoc > spec/ops.md`.
+
+One section for each family of primitive ops (a file of `refmodels/ops`), then one for the composites of each model. Everything
+in it comes from the ops themselves, so it cannot say anything that the code does not.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import refmodels.ops
+from refmodels.op import OPS, Array, Op, Params, Shape
+
+MODELS = ("t5", "opt", "bloom")
+
+HEADER = """\
+<!-- Generated from the op table by `python -m refmodels.opdoc > spec/ops.md`. Do not edit: change the op and run it again. -->
+
+# Ops
+
+This page is generated from the op table: `python -m refmodels.opdoc > spec/ops.md`. A test holds the two together.
+
+An op is a function with a contract. A *primitive* contains NumPy; a *composite* contains only calls to other ops. Each entry
+gives the signature, what the op computes, the error model that judges another implementation of it (`numerics.md`), the laws
+that it keeps, the arguments that it writes to, and where the equation comes from.
+
+`float[*b n]` is a floating-point array whose last axis has size n, with any leading axes. A letter that occurs twice in one
+signature stands for one size. `#b` is b or 1, and `*#b` likewise for every leading axis. `Params` is a tree of arrays. The
+letters are those of `README.md`.
+"""
+
+
+def modules() -> list[str]:
+    """The families in alphabetical order, then the models: the order of the page."""
+    families = sorted(module.name for module in pkgutil.iter_modules(refmodels.ops.__path__))
+    return [f"refmodels.ops.{family}" for family in families] + [f"refmodels.{model}" for model in MODELS]
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEADER]
+    for module in modules():
+        about = importlib.import_module(module).__doc__ or ""
+        entries = [op for op in OPS.values() if op.__module__ == module]
+        if entries:
+            parts.append(f"## {module.removeprefix('refmodels.')}\n\n{inspect.cleandoc(about).splitlines()[0]}\n")
+            parts += [_entry(op) for op in entries]
+    return "\n".join(parts)
+
+
+def _entry(op: Op[..., Any]) -> str:
+    # Outside of code, a star would be Markdown's emphasis.
+    pieces = inspect.cleandoc(op.__doc__ or "").split("`")
+    sentences = "`".join(piece if i % 2 else piece.replace("*", r"\*") for i, piece in enumerate(pieces))
+    return "\n".join([f"### {op.name}\n", "```python", signature(op), "```\n", f"{sentences}\n", *_facts(op), ""])
+
+
+def _facts(op: Op[..., Any]) -> Iterator[str]:
+    yield f"- kind: {'composite' if op.composite else 'primitive'}"
+    yield f"- error model: {op.error}"
+    for label, values in (("laws", op.laws), ("writes to", op.mutates)):
+        if values:
+            yield f"- {label}: {', '.join(values)}"
+    if op.source:
+        yield f"- source: {op.source}"
+
+
+def signature(op: Op[..., Any]) -> str:
+    """`linear(x: float[*b k], kernel: float[k n]) -> float[*b n]`, over several lines where one is too short."""
+    parameters: list[str] = []
+    for parameter in op.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in parameters:
+            parameters.append("*")
+        default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
+        parameters.append(f"{parameter.name}: {_annotation(parameter.annotation)}{default}")
+    result = _annotation(op.result)
+    line = f"{op.name}({', '.join(parameters)}) -> {result}"
+    if len(line) <= 110:
+        return line
+    return "\n".join([f"{op.name}(", *(f"    {parameter}," for parameter in parameters), f") -> {result}"])
+
+
+def _annotation(annotation: Any) -> str:
+    if isinstance(annotation, Shape):
+        return f"{annotation.kind}{annotation}{' | None' if annotation.optional else ''}"
+    for known, name in ((Array, "Array"), (Params, "Params"), (None, "None"), (types.NoneType, "None"), (..., "...")):
+        if annotation is known or annotation == known:
+            return name
+    arguments = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " | ".join(map(_annotation, arguments))
+    name = getattr(annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(map(_annotation, arguments))}]" if arguments else name
+
+
+if __name__ == "__main__":
+    print(render(), end="")

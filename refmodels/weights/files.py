@@ -1,0 +1,100 @@
+"""Files that a stranger wrote: no link out of the directory, no unbounded size, no field unchecked; and the record of
+a stored tensor."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from refmodels.op import Array
+
+MAX_JSON_BYTES = 64 * 2**20
+"""A JSON file (or a safetensors header) above this is refused unread."""
+
+REQUIRED: Final = object()
+"""As the default of `field`: the field must be there."""
+
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("a whole number from 1 to 10 million", lambda value: type(value) is int and 1 <= value <= 10_000_000),
+    "layers": ("a whole number from 1 to 10 thousand", lambda value: type(value) is int and 1 <= value <= 10_000),
+    "fraction": ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
+    "flag": ("true or false", lambda value: type(value) is bool),
+    "text": ("a string of at most 1000 characters", lambda value: type(value) is str and len(value) <= 1000),
+}
+"""Kind of a field -> (what it must be, in words; whether a value is that)."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor, not read yet: `file` it lies in, `name` there, `shape`, `dtype`. `read()` gives the values as
+    an array, possibly a read-only view of the file; ValueError if the file turns out to be damaged."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], Array]
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The resolved path of file `name` of `directory`.
+
+    A link may lead elsewhere in the directory, but not out of it; the one exception is the Hugging Face cache, where
+    the files of `snapshots/<revision>` are links into `blobs` beside `snapshots`. ValueError for a name with a
+    directory in it and for a link that leads out; FileNotFoundError if there is no such regular file.
+    """
+    if name in {"", ".", ".."} or len(name) > 255 or any(character in name for character in "/\\\0"):
+        raise ValueError(f"{directory}: {name[:300]!r} is not a plain file name")
+    root = directory.resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links; a name that the file system cannot hold
+        raise ValueError(f"{directory}: {name!r} cannot be opened: {error}") from None
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not any(path.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{directory / name}: a link that leads out of the directory, to {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory / name}: no such file")
+    return path
+
+
+def parse_json(content: bytes, source: str) -> dict[str, Any]:
+    """The JSON object in `content`. ValueError that starts with `source` if it is not one."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
+    if type(value) is not dict:
+        raise ValueError(f"{source}: wanted a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """The JSON object in file `name` of `directory`; errors as for `inside` and `parse_json`, or a size above 64
+    MiB."""
+    path = inside(directory, name)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{directory / name}: {size} bytes of JSON, wanted at most {MAX_JSON_BYTES}")
+    return parse_json(path.read_bytes(), str(directory / name))
+
+
+def field(values: Mapping[str, Any], source: str, names: str | tuple[str, ...], kind: str, default: Any = REQUIRED) -> Any:
+    """The value of the first of `names` that is there and not null, checked to be of this kind (`KINDS`), else the
+    default.
+
+    ValueError says the file (`source`), the field, what was found and what was wanted.
+    """
+    names = (names,) if isinstance(names, str) else names
+    name = next((name for name in names if values.get(name) is not None), None)
+    words, holds = KINDS[kind]
+    if name is None:
+        if default is REQUIRED:
+            raise ValueError(f"{source}: field {names[0]!r} is missing or null, wanted {words}")
+        return default
+    if not holds(values[name]):
+        raise ValueError(f"{source}: field {name!r} is {str(values[name])[:100]!r}, wanted {words}")
+    return values[name]
