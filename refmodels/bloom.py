@@ -61,7 +61,7 @@ def bloom_attention(
     query = split_heads(linear(x, **p["query"]), config.num_heads)
     key = split_heads(linear(x, **p["key"]), config.num_heads)
     value = split_heads(linear(x, **p["value"]), config.num_heads)
-    if cache is not None:
+    if cache is not None:  # BLOOM-C9: the slot is the position
         key = cache_append(cache["key"], key, start)
         value = cache_append(cache["value"], value, start)
     scale = config.head_dim**-0.5  # BLOOM-C3: the scale does not touch the bias
@@ -88,7 +88,7 @@ def bloom_decoder_layer(
     h = layer_norm(x, **p["post_attention_layernorm"], epsilon=config.layer_norm_epsilon)
     h = gelu_approximate(linear(h, **p["mlp_intermediate_dense"]))  # BLOOM-C5
     h = linear(h, **p["mlp_output_dense"])
-    return add(x, dropout(h, config.dropout, rng))
+    return add(x, dropout(h, config.dropout, rng))  # BLOOM-C11: no dropout between the two products
 
 
 @op(composite=True)
@@ -117,7 +117,7 @@ def bloom_backbone(
 
 @op(composite=True)
 def bloom_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
-    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted."""
+    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (BLOOM-C10)."""
     return logits_from_embeddings(hidden, **params["token_embedding"])
 
 
@@ -168,7 +168,7 @@ def bloom_decode_step(
 def bloom_parameters(config: BloomConfig) -> list[Parameter]:
     """Every parameter of this model, in the order of the tree."""
     n, m, heads = (config.hidden_dim,), (config.intermediate_dim,), (config.num_heads, config.head_dim)
-    wide, square = glorot_uniform(*n, *m), glorot_uniform(*n, *n)
+    wide, square = glorot_uniform(*n, *m), glorot_uniform(*n, *n)  # BLOOM-C12
     table = ParameterTable()
     table.add(
         "token_embedding.embeddings",
@@ -192,7 +192,7 @@ def bloom_parameters(config: BloomConfig) -> list[Parameter]:
                 f"{attention}/_{part}_dense",
                 f"{hf}.self_attention.query_key_value",
                 square,
-                layout=part,
+                layout=part,  # BLOOM-C6: interleaved in published files
             )
         hf_output = f"{hf}.self_attention.dense"
         table.dense(f"{path}.self_attention.output", n, n, f"{attention}/_output_dense", hf_output, square)

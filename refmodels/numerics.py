@@ -12,6 +12,7 @@ first, and then asks that `error <= bound`, written so that NaN fails. The bound
 float32, so their accumulation error is float32's.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -94,8 +95,8 @@ def unit_roundoff(dtype: Any) -> float:
 
 def spacing(x: Array, dtype: str) -> Array:
     """Distance between neighbouring numbers of `dtype` at the float64 values `x`, subnormals included."""
-    _, exponent = np.frexp(np.abs(x))
-    distance: Array = np.maximum(np.ldexp(2.0 * UNIT_ROUNDOFF[dtype], exponent - 1), _SMALLEST[dtype])
+    mantissa, exponent = np.frexp(np.abs(x))
+    distance: Array = np.maximum(np.ldexp(2.0 * UNIT_ROUNDOFF[dtype] * (mantissa != 0), exponent - 1), _SMALLEST[dtype])
     return distance
 
 
@@ -121,20 +122,25 @@ def judge(op: Judged, args: tuple[Any, ...], kwargs: dict[str, Any], got: Any) -
     """
     wanted = op.reference(*_copied(args), **_copied(kwargs))
     truth = op.reference(*widened(_copied(args)), **widened(_copied(kwargs)))
-    if isinstance(wanted, dict | list | tuple):
-        return _judge_tree(op, args, kwargs, got, wanted, truth)
-    return _judge_array(op, args, kwargs, np.asarray(got), wanted, truth)
+    return _judge_part(op, args, kwargs, got, wanted, truth)
+
+
+def _judge_part(op: Judged, args: Any, kwargs: Any, got: Any, wanted: Any, truth: Any) -> Verdict:
+    return _judge_tree(op, args, kwargs, got, wanted, truth)
 
 
 def _judge_tree(op: Judged, args: Any, kwargs: Any, got: Any, wanted: Any, truth: Any) -> Verdict:
-    keys = list(wanted) if isinstance(wanted, dict) else range(len(wanted))
+    if not isinstance(wanted, dict | list | tuple):
+        return _judge_array(op, args, kwargs, np.asarray(got), np.asarray(wanted), np.asarray(truth))
     if type(got) is not type(wanted) or len(got) != len(wanted):
         return Verdict(False, f"{op.name} gives {type(got).__name__}, wanted {type(wanted).__name__} of {len(wanted)}")
-    for key in keys:
-        part = _judge_array(op, args, kwargs, np.asarray(got[key]), wanted[key], truth[key])
+    for key in wanted if isinstance(wanted, dict) else range(len(wanted)):
+        if isinstance(got, dict) and key not in got:
+            return Verdict(False, f"{op.name} lacks {key!r}")
+        part = _judge_tree(op, args, kwargs, got[key], wanted[key], truth[key])
         if not part:
             return replace(part, reason=f"[{key}]: {part.reason}")
-    return Verdict(True, "every part within its bound")
+    return Verdict(True, f"{op.name}: every part within its bound")
 
 
 def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, truth: Array) -> Verdict:
@@ -143,13 +149,11 @@ def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, 
     if got.dtype != wanted.dtype:
         return Verdict(False, f"{op.name} has dtype {got.dtype}, wanted {wanted.dtype}")
     if op.error.kind == "exact" or wanted.dtype.kind in "iub":
-        same = (got == wanted) | ((got != got) & (wanted != wanted))
-        where = tuple(int(i) for i in np.argwhere(~same)[0]) if not same.all() else ()
-        return Verdict(bool(same.all()), f"{op.name}: {int((~same).sum())} of {got.size} values differ", index=where)
-    condition = None
+        return _equal(got, wanted, op.name)
+    condition, terms = None, 1
     if op.error.kind == "multilinear":
+        terms = _terms(op, args, kwargs)
         condition = np.asarray(op.reference(*_absolute(widened(args)), **_absolute(widened(kwargs))))
-    terms = _terms(op, args, kwargs)
     return compare(got, truth, op.error, wanted=wanted, condition=condition, terms=terms, name=op.name)
 
 
@@ -165,6 +169,8 @@ def compare(
 ) -> Verdict:
     """Judge an array against the float64 truth. `wanted` is the reference's own result in `got`'s type (calibrated), `condition`
     the op on absolute values and `terms` the length of its sums (multilinear)."""
+    if error_model.kind == "exact":
+        return _equal(got, truth.astype(got.dtype) if wanted is None else wanted, name)
     dtype = got.dtype.name
     high, exact_value = got.astype(np.float64), truth.astype(np.float64)
     # Rounding the truth to the result's type says where an overflow to infinity is right.
@@ -190,6 +196,7 @@ def compare(
         bound = np.full(truth.shape, error_model.constant * own + 8 * u * largest + _SMALLEST[dtype])
     with np.errstate(invalid="ignore"):
         error = np.where(finite, np.abs(high - exact_value), 0.0)
+        bound = np.where(finite, bound, 0.0)
         good = error <= bound  # NaN in `got` makes this false
     if error.size == 0:
         return Verdict(True, f"{name}: empty")
@@ -206,9 +213,17 @@ def compare(
     )
 
 
+def _equal(got: Array, wanted: Array, name: str) -> Verdict:
+    same = (got == wanted) | ((got != got) & (wanted != wanted))
+    where = tuple(int(i) for i in np.argwhere(~same)[0]) if not same.all() else ()
+    return Verdict(bool(same.all()), f"{name}: {int((~same).sum())} of {got.size} values differ", index=where)
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.copy()
+    if isinstance(value, np.random.Generator):  # every run makes the same draws
+        return copy.deepcopy(value)
     if isinstance(value, dict):
         return {key: _copied(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

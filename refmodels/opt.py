@@ -62,7 +62,7 @@ def opt_attention(
     query = split_heads(linear(x, **p["query"]), config.num_heads)
     key = split_heads(linear(x, **p["key"]), config.num_heads)
     value = split_heads(linear(x, **p["value"]), config.num_heads)
-    if cache is not None:
+    if cache is not None:  # OPT-C9: the slot is the position
         key = cache_append(cache["key"], key, start)
         value = cache_append(cache["value"], value, start)
     scale = config.head_dim**-0.5  # OPT-C3
@@ -112,7 +112,7 @@ def opt_backbone(
     x = add(token, embedding(position_ids, **params["position_embedding"], dtype=dtype))
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
-    mask = causal_mask(positions, padding_mask)
+    mask = causal_mask(positions, padding_mask)  # OPT-C10: padded queries are computed like others
     for i, layer in enumerate(params["layers"]):
         x = opt_decoder_layer(x, layer, mask, config, cache=cache and cache["layers"][i], start=start, rng=rng)
     return layer_norm(x, **params["layer_norm"], epsilon=EPSILON)
@@ -120,7 +120,7 @@ def opt_backbone(
 
 @op(composite=True)
 def opt_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
-    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted."""
+    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (OPT-C8)."""
     return logits_from_embeddings(hidden, **params["token_embedding"])
 
 
@@ -189,7 +189,7 @@ def opt_parameters(config: OPTConfig) -> list[Parameter]:
         f"{embeddings}/position_embedding/vars/0",
         "embed_positions.weight",
         std,
-        layout="offset_rows",
+        layout="offset_rows",  # OPT-C6
     )
     for i in range(config.num_layers):
         path, keras, hf = f"layers.{i}", numbered("transformer_decoder", i), f"layers.{i}"
@@ -199,6 +199,7 @@ def opt_parameters(config: OPTConfig) -> list[Parameter]:
         )
         for part in ("query", "key", "value"):
             hf_part = f"{hf}.self_attn.{part[0]}_proj"
+            # OPT-C11: the columns go head by head.
             table.dense(f"{path}.self_attention.{part}", n, heads, f"{attention}/{part}_dense", hf_part, std)
         table.dense(
             f"{path}.self_attention.output", heads, n, f"{attention}/output_dense", f"{hf}.self_attn.out_proj", std

@@ -282,7 +282,7 @@ def _load_huggingface(
     source = str(directory / "config.json")
     arguments = huggingface.arguments(config, source)
     model = _model(cls, huggingface.CLASSES[config["model_type"]], source)
-    backbone = _construct(model, {"dtype": "float32"} | arguments, kwargs, source)
+    backbone = _construct(model, arguments, kwargs, source)
     if load_weights:
         index = f"model.safetensors{safetensors.INDEX_SUFFIX}"
         name = _weight_file(directory, ["model.safetensors", index], ["pytorch_model.bin", "pytorch_model.bin.index.json"])

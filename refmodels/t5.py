@@ -67,7 +67,7 @@ class T5Config:
 
     @property
     def head_dim(self) -> int:
-        """d: the size of one head. h * d need not be hidden_dim."""
+        """d: the size of one head. T5-C18: h * d need not be hidden_dim."""
         return self.key_value_dim or self.hidden_dim // self.num_heads
 
     @property
@@ -115,7 +115,7 @@ def t5_self_attention(
     """x + attention(norm(x)) to the layer's own keys and values, those in the cache included."""
     h = rms_norm(x, **p["self_attention_layer_norm"], epsilon=config.layer_norm_epsilon, dtype=compute_dtype(config.dtype))
     keys_values = t5_keys_values(h, p["self_attention"], config)
-    if cache is not None:
+    if cache is not None:  # T5-C16: the slot is the position
         keys_values = {name: cache_append(cache[name], new, start) for name, new in keys_values.items()}
     h = t5_attention(h, p["self_attention"], keys_values, mask, bias, config, rng=rng)
     return add(x, dropout(h, config.dropout, rng))
@@ -143,9 +143,10 @@ def t5_feedforward(
 ) -> Float[Array, "b t n"]:
     """x + Wo f(norm(x)), where f(y) is act(Wi y), or with a gate act(Wi y) * (Wg y)."""
     h = rms_norm(x, **p["layer_norm"], epsilon=config.layer_norm_epsilon, dtype=compute_dtype(config.dtype))
-    inner = ACTIVATIONS[config.activation](linear(h, **p["input_projector"]))
+    inner = ACTIVATIONS[config.activation](linear(h, **p["input_projector"]))  # T5-C13: the gate is not activated
     if config.use_gated_activation:
         inner = multiply(inner, linear(h, **p["gate_projector"]))
+    # T5-C20: dropout here too, between the two products.
     h = linear(dropout(inner, config.dropout, rng), **p["output_projector"], dtype=config.residual_dtype)
     return add(x, dropout(h, config.dropout, rng))
 
@@ -159,8 +160,9 @@ def t5_encoder(
     *,
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
-    """Token ids to the encoder's output, its final norm included."""
+    """Token ids to the encoder's output, its final norm included (T5-C14)."""
     p = params["encoder"]
+    # T5-C17: not multiplied by sqrt(n).
     x = embedding(token_ids, params["token_embedding"]["embeddings"], dtype=config.residual_dtype)
     x = dropout(x, config.dropout, rng)
     mask = key_mask(padding_mask)
@@ -222,7 +224,7 @@ def t5_backbone(
     *,
     rng: Generator | None = None,
 ) -> dict[str, Array]:
-    """Both stacks on whole sequences. The decoder's ids are used as given: the caller shifts them right."""
+    """Both stacks on whole sequences. T5-C15: the decoder's ids are used as given, the caller shifts them right."""
     encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config, rng=rng)
     encoded = t5_cross_keys_values(encoder_output, params, config)
     decoder_output = t5_decoder(
@@ -302,7 +304,7 @@ def t5_parameters(config: T5Config) -> list[Parameter]:
     # T5-C9: the original draws embeddings with deviation 1; KerasHub passes that 1.0 as the mean by mistake.
     embedding_init, inner_init, narrow_init = normal(1.0), normal(inner[0] ** -0.5), normal(n[0] ** -0.5)
     query_init, output_init = normal((inner[0] * config.head_dim) ** -0.5), normal(m[0] ** -0.5)
-    table = ParameterTable()
+    table = ParameterTable()  # T5-C19: no dense layer below has a bias
     shape = (config.vocabulary_size, *n)
     hf_names = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
     keras = "reversible_embedding/vars"

@@ -22,9 +22,12 @@ def cache_append(cache: Array, new: Array, start: Int[Array, "b"] | None = None)
     length = new.shape[1]
     if start is None:
         start = np.zeros(len(cache), np.int64)
+    end = int(start.max(initial=0)) + length
+    if end > cache.shape[1]:  # a slice past the end is no error to NumPy
+        raise ValueError(f"cache_append: position {end - 1} is outside the cache's {cache.shape[1]}")
     for row, first in enumerate(start):
         cache[row, first : first + length] = new[row]
-    return cache[:, : int(start.max(initial=0)) + length]
+    return cache[:, :end]
 
 
 @op(error=exact())

@@ -1,5 +1,7 @@
 """Products with a weight matrix: dense layers, embeddings, logits."""
 
+import math
+
 import numpy as np
 
 from refmodels.numerics import exact, multilinear
@@ -16,7 +18,7 @@ def linear(
     dtype: str | None = None,
 ) -> Float[Array, "*b n"]:
     """A dense layer: x @ kernel + bias, in the type of x or, if given, `dtype`."""
-    rows = wide(x).reshape(-1, kernel.shape[0])  # one matrix product, however many leading axes
+    rows = wide(x).reshape(math.prod(x.shape[:-1]), kernel.shape[0])  # one matrix product, however many leading axes
     y = (rows @ wide(kernel)).reshape(*x.shape[:-1], kernel.shape[1])
     if bias is not None:
         y = y + wide(bias)
@@ -36,7 +38,7 @@ def logits_from_embeddings(
     x: Float[Array, "*b n"], embeddings: Float[Array, "v n"], *, scale: float = 1.0
 ) -> Float[Array, "*b v"]:
     """A tied head: (scale * x) @ transposed table, one score for each entry of the vocabulary."""
-    rows = wide(x).reshape(-1, embeddings.shape[1])
+    rows = wide(x).reshape(math.prod(x.shape[:-1]), embeddings.shape[1])
     y = (rows * scale) @ wide(embeddings).T
     return narrow(y.reshape(*x.shape[:-1], embeddings.shape[0]), x.dtype)
 

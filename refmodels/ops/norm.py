@@ -29,6 +29,6 @@ def rms_norm(
     weight x / sqrt(mean(x**2) + epsilon), in the type of x or, if given, `dtype`.
     """
     xw = wide(x)
-    mean_square = np.square(xw).mean(-1, keepdims=True)
+    mean_square = np.square(xw).mean(-1, keepdims=True)  # T5-C12
     y = xw / np.sqrt(mean_square + epsilon) * wide(weight)
     return narrow(y, numpy_dtype(dtype) if dtype else x.dtype)

@@ -1,5 +1,6 @@
 """Where a token stands: positions, T5's relative buckets, ALiBi."""
 
+import functools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ def token_positions(ids: Int[Array, "b t"], start: Int[Array, "b"] | None = None
     return first[:, None] + np.arange(ids.shape[1])
 
 
+@functools.cache
 def _first_distances(buckets: int, max_distance: int) -> list[int]:
     """The smallest distance of every bucket. Half of them hold one distance each; the rest grow by a constant ratio.
 
@@ -27,7 +29,7 @@ def _first_distances(buckets: int, max_distance: int) -> list[int]:
     firsts = list(range(exact_buckets))
     distance = exact_buckets
     for i in range(logarithmic):
-        while distance**logarithmic < max_distance**i * exact_buckets ** (logarithmic - i):
+        while distance**logarithmic < max_distance**i * exact_buckets ** (logarithmic - i):  # T5-C11
             distance += 1
         firsts.append(distance)
     return firsts
@@ -63,7 +65,7 @@ def alibi_slopes(num_heads: int) -> Float[Array, "h"]:
 
     The other heads take every second slope of the sequence for 2p, from its first. float64, so that nothing is lost here.
     """
-    p = 2 ** math.floor(math.log2(num_heads))
+    p = 2 ** math.floor(math.log2(num_heads))  # BLOOM-C8
     slopes = [2.0 ** (-8.0 * i / p) for i in range(1, p + 1)]
     slopes += [2.0 ** (-4.0 * i / p) for i in range(1, 2 * (num_heads - p) + 1, 2)]
     return np.array(slopes)
@@ -73,4 +75,4 @@ def alibi_slopes(num_heads: int) -> Float[Array, "h"]:
 def alibi_bias(slopes: Float[Array, "h"], positions: Int[Array, "#b t"], keys: int) -> Float[Array, "#b h t s"]:
     """slope * (key - query): 0 for the query's own position, more negative the further back a key is. float32."""
     relative = np.arange(keys) - positions[:, :, None]
-    return (slopes[:, None, None] * relative[:, None]).astype(np.float32)
+    return (slopes[:, None, None] * relative[:, None]).astype(np.float32)  # BLOOM-C2, BLOOM-C9

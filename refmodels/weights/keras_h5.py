@@ -75,7 +75,7 @@ def _list_datasets(file: Any, shown: Path, size: int) -> dict[str, Tensor]:
                     groups.append((f"{name}/", item))
                 elif isinstance(item, h5py.Dataset):
                     tensors[name] = _tensor(item, shown, name, size)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py raises for damaged structures
+    except (OSError, RuntimeError, KeyError, TypeError, UnicodeError) as error:  # what h5py raises for damaged structures
         raise ValueError(f"{shown}: damaged HDF5 file: {error}") from None
     if sum(_bytes(tensor) for tensor in tensors.values()) > size:
         raise ValueError(f"{shown}: the datasets declare more bytes than the {size} of the file")

@@ -1,0 +1,542 @@
+"""The command line: `refmodels generate`, `refmodels presets`, `refmodels info`.
+
+Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
+1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
+NumPy is imported inside it.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from refmodels import __version__
+
+if TYPE_CHECKING:
+    from refmodels.accelerator import Accelerator
+    from refmodels.backbone import Backbone
+    from refmodels.generate import Sampling
+    from refmodels.parameters import Parameter
+    from refmodels.task import Task
+
+DEFAULT_NEW_TOKENS = 128
+FASTEST_FIRST = ("cupy", "numba")
+"""Accelerators in the order the command line tries them; others that are installed come after these."""
+
+SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam")
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+WIDTH = 120
+
+ERROR, USAGE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
+"""Exit statuses; the last two are what a shell reports for a program that SIGPIPE or SIGINT ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("REFMODELS_DEBUG") == "1":
+            raise
+        with suppress(OSError):  # standard error may be a broken pipe, too
+            _say(f"refmodels: error: {_one_line(error)}")
+        return _status(error)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # a terminal that lacks a character shows its code instead
+        reconfigure(errors="backslashreplace")
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments)
+    except SystemExit as exit:  # argparse: after --help, --version and errors
+        return exit.code if isinstance(exit.code, int) else 0
+    return 0
+
+
+def _status(error: Exception) -> int:
+    from refmodels.accelerator import AcceleratorError
+
+    asked = (ValueError, FileNotFoundError, NotADirectoryError, AcceleratorError)
+    return USAGE if isinstance(error, asked) else ERROR
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {text}' if text else ''}"
+    expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "AcceleratorError"
+    return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """Python flushes the standard streams once more at exit: let that go nowhere."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, and abbreviated options are errors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        _say(f"refmodels: error: {' '.join(message.split())} (see {self.prog} --help)")
+        raise SystemExit(USAGE)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"wanted a positive integer, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,40}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"wanted an integer from 0 on, got {text!r}")
+    return int(text)
+
+
+def _stop_ids(text: str) -> str | list[int] | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    if not re.fullmatch(r"\d{1,12}(,\d{1,12})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"wanted auto, none or token ids such as 2,50118, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="refmodels", description="T5, OPT and BLOOM: the NumPy reference, and accelerators that keep to it.")
+    parser.add_argument("--version", action="version", version=f"refmodels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    generate = commands.add_parser("generate", help="continue or answer a text", description=_GENERATE, epilog=_EXAMPLE)
+    generate.set_defaults(command=generate_command)
+    generate.add_argument("preset", metavar="PRESET", help="a name that `refmodels presets` lists, a directory or a handle")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", default="-", help="the text; standard input if left out or -")
+    group = generate.add_argument_group("length")
+    group.add_argument("--max-length", type=_positive, metavar="N", help="most tokens in all, the prompt's included")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help=f"most new tokens (default: {DEFAULT_NEW_TOKENS} without either)"
+    )
+    group.add_argument(
+        "--stop-token-ids", type=_stop_ids, default="auto", metavar="IDS", help="auto (the end token), none, or ids: 2,50118"
+    )
+    group = generate.add_argument_group("choice of the next token")
+    group.add_argument("--sampler", choices=SAMPLERS, help="default: what the other options imply, else greedy")
+    group.add_argument("--temperature", type=float, metavar="X", help="divides the scores; below 1 is bolder")
+    group.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most likely tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens of probability P in all")
+    group.add_argument("--num-beams", type=_positive, metavar="N", help="hypotheses that a beam search keeps")
+    group.add_argument("--length-penalty", type=float, metavar="X", help="rank finished beams by score / length**X")
+    group.add_argument("--seed", type=_seed, metavar="N", help="makes random choices repeatable")
+    group = generate.add_argument_group("output")
+    group.add_argument("--strip-prompt", action="store_true", help="print only what is new")
+    group.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--stats", action="store_true", help="report time and memory on standard error")
+    group = generate.add_argument_group("where and how to compute")
+    group.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
+    group.add_argument("--dtype", metavar="POLICY", help="float32, float16, bfloat16, float64, mixed_float16, mixed_bfloat16")
+
+    presets = commands.add_parser("presets", help="list the built-in presets", description="List the built-in presets.")
+    presets.set_defaults(command=presets_command)
+    presets.add_argument("--json", action="store_true", help="print a JSON array")
+
+    info = commands.add_parser(
+        "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
+    )
+    info.set_defaults(command=info_command)
+    info.add_argument("preset", metavar="PRESET", help="a name that `refmodels presets` lists, a directory or a handle")
+    info.add_argument("--dtype", metavar="POLICY", help="as if the model were built with this policy")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+_GENERATE = "Continue a text (OPT, BLOOM) or answer it (T5). The text appears as it is generated, except from a beam search."
+_EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
+
+
+# -- generate -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """One text as it comes about: `pieces()` runs the model; afterwards the other fields hold what it did.
+
+    The first token ends with the prefill (for T5 with the encoder, too); seconds count from the call of `pieces`.
+    """
+
+    task: "Task"
+    prompt: str
+    stop: str | list[int] | None
+    sampling: "Sampling"
+    max_length: int
+    max_new_tokens: int | None
+    prompt_ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.batch = self.task._batch_of_texts([self.prompt], self.max_length, self.max_new_tokens)
+        self.stop_ids = self.task._stop_ids(self.stop)
+        vocabulary = self.task.backbone.vocabulary_size
+        outside = [i for i in self.stop_ids if i >= vocabulary]
+        if outside:
+            raise ValueError(f"stop token id {outside[0]} is not in the vocabulary of {vocabulary}")
+        ids = self.batch.encoder_ids
+        self.prompt_ids = self.batch.prompts[0] if ids is None else ids[0].tolist()
+
+    @property
+    def shown_prompt(self) -> str:
+        """What stands before the new text: nothing for T5, which answers."""
+        return "" if self.batch.encoder_ids is not None else str(self.task.tokenizer.detokenize(self.prompt_ids))
+
+    def pieces(self) -> Iterator[str]:
+        """The new text, a piece for each token; from a beam search in one piece."""
+        from refmodels.generate import decode
+
+        began = time.perf_counter()
+        text = self.task.tokenizer.stream_decoder()
+        if self.sampling.kind == "beam":
+            (self.tokens,) = self.task._run(self.batch, self.stop_ids, self.sampling)
+            self.seconds = time.perf_counter() - began
+            yield "".join(map(text.push, self.tokens)) + text.finish()
+            return
+        backbone, batch = self.task.backbone, self.batch
+        cache = self.task._cache(batch)
+        for (token,) in decode(backbone, cache, batch.prompts, batch.limits, self.stop_ids, self.sampling):
+            self.seconds = time.perf_counter() - began
+            if token is not None:
+                self.first_token_seconds = self.first_token_seconds or self.seconds
+                self.tokens.append(token)
+                yield text.push(token)
+        yield text.finish()
+
+    @property
+    def decoding_speed(self) -> float | None:
+        """Tokens a second after the first; None if there are none."""
+        if self.first_token_seconds is None or len(self.tokens) < 2:
+            return None
+        return (len(self.tokens) - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
+
+
+def generate_command(arguments: argparse.Namespace) -> None:
+    """`refmodels generate`."""
+    from refmodels.accelerator import REFERENCE, find
+    from refmodels.generate import Sampling
+    from refmodels.ops.precision import POLICIES
+    from refmodels.presets import locate
+    from refmodels.task import Task
+
+    # Everything that can be refused without the weights is, before they are read.
+    names = ("sampler", "temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    if arguments.dtype is not None and arguments.dtype not in POLICIES:
+        raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {arguments.dtype!r}")
+    locate(arguments.preset)
+    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    prompt = _prompt(arguments.prompt)
+
+    began = time.perf_counter()
+    with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
+        task = Task.from_preset(arguments.preset, accelerator=accelerator, dtype=arguments.dtype)
+    if task.tokenizer is None:
+        raise ValueError(f"preset {arguments.preset} has no tokenizer files: there is nothing to read a text with")
+    load_seconds = time.perf_counter() - began
+
+    new = arguments.max_new_tokens
+    if new is None and arguments.max_length is None:
+        new = DEFAULT_NEW_TOKENS
+    positions = getattr(task.backbone.config, "max_sequence_length", None)
+    length = arguments.max_length or positions or sys.maxsize
+    if positions is not None and length > positions:
+        raise ValueError(f"--max-length {length} is more than the {positions} positions of the model")
+    generation = Generation(task, prompt, arguments.stop_token_ids, sampling, length, new)
+
+    shown = "" if arguments.strip_prompt else generation.shown_prompt
+    stream = not (arguments.no_stream or arguments.json or sampling.kind == "beam")
+    pieces = chain([shown], generation.pieces())
+    text = _write(pieces) if stream else "".join(pieces)
+    stats = {
+        "accelerator": REFERENCE if accelerator is None else accelerator.name,
+        "dtype": task.backbone.config.dtype,
+        "load_seconds": load_seconds,
+        "prompt_tokens": len(generation.prompt_ids),
+        "new_tokens": len(generation.tokens),
+        "first_token_seconds": generation.first_token_seconds,
+        "seconds": generation.seconds,
+        "decoding_tokens_per_second": generation.decoding_speed,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    if arguments.json:
+        _print_json({"preset": arguments.preset, "prompt": prompt, "text": text, "tokens": generation.tokens, **stats})
+    elif stream:
+        print(flush=True)
+    else:
+        print(text, flush=True)
+    if arguments.stats:
+        _print_stats(stats)
+
+
+def fastest_accelerator() -> "Accelerator | None":
+    """The first installed accelerator that can run here, the fastest first; None, the reference, if there is none."""
+    from refmodels.accelerator import AcceleratorError, find, installed
+
+    plugins = installed()
+    order = [name for name in FASTEST_FIRST if name in plugins] + sorted(plugins.keys() - set(FASTEST_FIRST))
+    for name in order:
+        try:
+            return find(name)
+        except AcceleratorError:  # it cannot run on this machine
+            continue
+        except Exception as error:
+            _say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(error)}")
+    return None
+
+
+def _write(pieces: Iterable[str]) -> str:
+    """Write each piece as soon as it is there; gives all of them."""
+    written = []
+    for piece in filter(None, pieces):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        written.append(piece)
+    return "".join(written)
+
+
+def _prompt(argument: str) -> str:
+    """The prompt; from standard input if it is -, less one newline at its end."""
+    if argument != "-":
+        text = argument
+    elif sys.stdin is None:
+        raise ValueError("no PROMPT is given, and there is no standard input")
+    else:
+        if sys.stdin.isatty():
+            _say("refmodels: reading the prompt from the terminal; end it with Ctrl-D")
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        text = text.removesuffix("\n").removesuffix("\r")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid UTF-8, at character {error.start}") from None
+    return text
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has had, in units of 10**6 bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # Linux counts kilobytes, macOS bytes
+
+
+def _print_stats(stats: Mapping[str, Any]) -> None:
+    first, speed, peak = stats["first_token_seconds"], stats["decoding_tokens_per_second"], stats["peak_memory_mb"]
+    rows = {
+        "accelerator": stats["accelerator"],
+        "dtype": stats["dtype"],
+        "load": f"{stats['load_seconds']:.3f} s",
+        "prompt": f"{stats['prompt_tokens']} tokens",
+        "new": f"{stats['new_tokens']} tokens in {stats['seconds']:.3f} s",
+        "first token": None if first is None else f"{first:.4f} s",
+        "decoding": None if speed is None else f"{speed:,.1f} tokens/s",
+        "peak memory": None if peak is None else f"{peak:,.0f} MB",
+    }
+    for name, value in rows.items():
+        if value is not None:
+            _say(f"{name:<12} {value}")
+
+
+# -- presets --------------------------------------------------------------------------------------------------------------
+
+
+def presets_command(arguments: argparse.Namespace) -> None:
+    """`refmodels presets`."""
+    from refmodels.presets import MODELS, preset_info, preset_names
+
+    infos = [preset_info(name) for name in preset_names()]
+    for info in infos:
+        info["parameter_count"] = info["parameter_count"] or MODELS[info["class"]](**info["config"]).count_params()
+    if arguments.json:
+        _print_json([{**info, "weights_bytes": _weights_bytes(info)} for info in infos])
+        return
+    rows = [("NAME", "CLASS", "PARAMETERS", "WEIGHTS", "", "WHERE")]
+    for info in infos:
+        size, where = _weights_bytes(info), info["kaggle_handle"] or "shipped"
+        dtype = info["weights_dtype"] or "-"
+        count = f"{info['parameter_count']:,}"
+        rows.append((info["name"], info["class"], count, "" if size is None else _size(size), dtype, where))
+    lines = _aligned(rows, right=(2, 3))
+    print(lines[0])
+    for line, info in zip(lines[1:], infos, strict=True):
+        print(line)
+        if info["description"]:
+            print(textwrap.fill(info["description"], WIDTH, initial_indent="    ", subsequent_indent="    "))
+
+
+def _weights_bytes(info: Mapping[str, Any]) -> int | None:
+    """Bytes of the weights in their file; None if the type there is not recorded."""
+    itemsize = BYTES.get(info["weights_dtype"])
+    return None if itemsize is None else int(info["parameter_count"]) * itemsize
+
+
+# -- info -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer of the parameter table, or the same one in several consecutive blocks: `layers.0..11.layer_norm`."""
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    times: int
+
+    @property
+    def each(self) -> int:
+        """Parameters in one of them."""
+        return sum(map(math.prod, self.shapes))
+
+
+def info_command(arguments: argparse.Namespace) -> None:
+    """`refmodels info`."""
+    from refmodels.backbone import Backbone
+    from refmodels.presets import locate, preset_info, preset_names
+
+    located = locate(arguments.preset)
+    with redirect_stdout(sys.stderr):
+        backbone = Backbone.from_preset(arguments.preset, load_weights=False, dtype=arguments.dtype)
+    known = preset_info(arguments.preset) if arguments.preset in preset_names() else {}
+    table, count, kv = layer_rows(backbone.parameters()), backbone.count_params(), cache_values_per_token(backbone)
+    weights, cache = BYTES[backbone.variable_dtype], BYTES[backbone.compute_dtype]
+    memory = {name: {"weights_bytes": count * BYTES[name], "kv_cache_bytes_per_token": kv * BYTES[name]} for name in _COMPARED}
+    where = located.handle or ("shipped with refmodels" if known else str(located.directory))
+    if arguments.json:
+        _print_json(
+            {
+                "preset": arguments.preset,
+                "class": type(backbone).__name__,
+                "description": known.get("description", ""),
+                "where": where,
+                "config": backbone.get_config(),
+                "parameters": [{"name": r.name, "shapes": r.shapes, "times": r.times, "each": r.each} for r in table],
+                "parameter_count": count,
+                "weights_bytes": count * weights,
+                "kv_cache_bytes_per_token": kv * cache,
+                "memory": memory,
+            }
+        )
+        return
+    print(f"{arguments.preset}: {type(backbone).__name__}, {count:,} parameters, {where}")
+    if known.get("description"):
+        print(textwrap.fill(known["description"], WIDTH))
+    print("\nArguments")
+    _print_rows([(name, "None" if value is None else str(value)) for name, value in backbone.get_config().items()])
+    print("\nParameters")
+    rows = [("LAYER", "PARAMETERS", "EACH", "SHAPES")]
+    rows += [(row.name, f"{row.each * row.times:,}", f"{row.each:,}", _shapes(row.shapes)) for row in table]
+    _print_rows([*rows, ("total", f"{count:,}", "", "")], right=(1, 2))
+    print("\nMemory")
+    rows = [("DTYPE", "WEIGHTS", "KEYS AND VALUES", "")]
+    rows += [(name, _size(count * BYTES[name]), f"{kv * BYTES[name]:,} bytes a token", "") for name in _COMPARED]
+    policy = backbone.config.dtype
+    if policy not in _COMPARED:
+        rows.append((policy, _size(count * weights), f"{kv * cache:,} bytes a token", ""))
+    rows = [(*row[:3], "this preset" if row[0] == policy else "") for row in rows]
+    _print_rows(rows, right=(1, 2))
+
+
+_COMPARED = ("float32", "float16", "bfloat16")
+
+
+def layer_rows(parameters: Iterable["Parameter"]) -> list[LayerRow]:
+    """The parameters layer by layer, in order; consecutive numbered blocks that are alike are one."""
+    blocks: list[tuple[str, int, list[tuple[str, tuple[int, ...]]]]] = []  # stack, number (or -1), contents
+    for (stack, number), group in groupby(parameters, key=lambda parameter: _block(parameter.path)):
+        start = len(f"{stack}.{number}.") if number >= 0 else 0
+        blocks.append((stack, number, [(parameter.path[start:], parameter.shape) for parameter in group]))
+    rows = []
+    # Blocks that are alike: the same stack, consecutive numbers, the same contents.
+    alike = groupby(enumerate(blocks), key=lambda entry: (entry[1][0], entry[1][1] < 0 or entry[0] - entry[1][1], entry[1][2]))
+    for (stack, *_), run in alike:
+        members = [block for _, block in run]
+        first, last = members[0][1], members[-1][1]
+        numbers = str(first) if first == last else f"{first}..{last}"
+        prefix = f"{stack}.{numbers}." if first >= 0 else ""
+        for layer, leaves in groupby(members[0][2], key=lambda leaf: leaf[0].rpartition(".")[0]):
+            rows.append(LayerRow(prefix + layer, [shape for _, shape in leaves], len(members)))
+    return rows
+
+
+def _block(path: str) -> tuple[str, int]:
+    """The stack and the number of a parameter's block: `encoder.layers`, 3. Outside of any: "", -1."""
+    match = re.match(r"(.*?)\.(\d+)\.", path)
+    return ("", -1) if match is None else (match[1], int(match[2]))
+
+
+def cache_values_per_token(backbone: "Backbone") -> int:
+    """Numbers that a key/value cache holds for one token: a key and a value for each head of each decoder layer."""
+    config = backbone.config
+    return int(2 * config.num_layers * config.num_heads * config.head_dim)
+
+
+# -- printing -------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    for line in _aligned(rows, right):
+        print(f"  {line}")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    """Each row as a line, its columns padded to one width; those in `right` are set flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
+    return [form.format(*row).rstrip() for row in rows]
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " ".join(str(shape).replace(" ", "") for shape in shapes)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:,.1f} {unit}"
+    return f"{count} B"
