@@ -16,15 +16,17 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomCausalLM
+from refmodels.files import field, read_json
 from refmodels.op import Array, Params
 from refmodels.ops.precision import numpy_dtype
 from refmodels.opt import OPTCausalLM
 from refmodels.parameters import Parameter, build_tree
 from refmodels.t5 import T5Seq2SeqLM
 from refmodels.task import Task
-from refmodels.tokenizers import Tokenizer, load_tokenizer
+from refmodels.tokenizer_files import load_tokenizer
+from refmodels.tokenizers import Tokenizer
 from refmodels.weights import huggingface, keras_h5, safetensors
-from refmodels.weights.files import Tensor, field, read_json
+from refmodels.weights.tensor import Tensor
 
 B = TypeVar("B", bound=Backbone)
 T = TypeVar("T", bound=Task)

@@ -16,16 +16,14 @@ from typing import Any, ClassVar, overload
 
 import numpy as np
 
-__all__ = ["BloomTokenizer", "OPTTokenizer", "StreamDecoder", "T5Tokenizer", "Tokenizer", "load_tokenizer"]
-
-MAX_FILE_BYTES = 256 * 2**20  # the largest real file (BLOOM's tokenizer.json) is 15 MB
+from refmodels.files import parse_json, read_bytes
 
 # sentencepiece replaces every byte of an incomplete character by its own U+FFFD, Python's "replace" all by one.
 codecs.register_error("refmodels.bytewise", lambda e: ("\ufffd" * (e.end - e.start), e.end))  # type: ignore[attr-defined]
 
 
 class Tokenizer:
-    """What the three tokenizers share; build one of them, or call `load_tokenizer`.
+    """What the three tokenizers share; build one of them, or call `tokenizer_files.load_tokenizer`.
 
     Attributes: `start_token_id`, `end_token_id`, `pad_token_id` (int), `special_tokens` (list of str) and
     `special_token_ids` (list of int, same order), `sequence_length` (int or None).
@@ -42,8 +40,8 @@ class Tokenizer:
 
     def __init__(self, sequence_length: int | None, dtype: str, name: str | None, unknown: dict[str, Any]) -> None:
         if unknown:
-            known = _names(_arguments(type(self)))
-            raise TypeError(f"{type(self).__name__} has no argument {_names(unknown)}; it takes {known}")
+            known = quoted(argument_names(type(self)))
+            raise TypeError(f"{type(self).__name__} has no argument {quoted(unknown)}; it takes {known}")
         if sequence_length is not None and (not _is_int(sequence_length) or sequence_length < 1):
             raise ValueError(f"sequence_length must be None or a positive integer, not {sequence_length!r}")
         if dtype not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
@@ -58,7 +56,7 @@ class Tokenizer:
         self._tokens = {i: token for token, i in vocabulary.items()}
         required = list(dict.fromkeys((self.start_token, self.end_token, self.pad_token)))
         if missing := [token for token in required if token not in vocabulary]:
-            raise ValueError(f"{source} lacks the special token {_names(missing)} that {type(self).__name__} needs")
+            raise ValueError(f"{source} lacks the special token {quoted(missing)} that {type(self).__name__} needs")
         optional = [t for t in self.optional_special_tokens if t in vocabulary and t not in required]
         self.special_tokens = required + optional
         self.special_token_ids = [vocabulary[token] for token in self.special_tokens]
@@ -154,7 +152,7 @@ class Tokenizer:
         return config | {"config_file": "tokenizer.json", "sequence_length": self.sequence_length}
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and assets/tokenizer/ the way KerasHub does; `load_tokenizer` reads them back."""
+        """Write tokenizer.json and assets/tokenizer/ as KerasHub does; `tokenizer_files.load_tokenizer` reads them."""
         name = type(self).__name__
         envelope: dict[str, Any] = {
             "module": f"keras_hub.src.models.{self._family}.{self._family}_tokenizer",
@@ -241,7 +239,7 @@ class T5Tokenizer(Tokenizer):
         except ImportError as error:
             raise ImportError("T5Tokenizer needs sentencepiece: pip install sentencepiece") from error
         source = "proto" if isinstance(proto, bytes) else str(proto)
-        self._proto = proto if isinstance(proto, bytes) else _read(Path(proto))
+        self._proto = proto if isinstance(proto, bytes) else _read(proto)
         _check(len(self._proto) > 0, f"{source} is empty, wanted a sentencepiece model")
         try:
             self._model: Any = SentencePieceProcessor(model_proto=self._proto + _extra_pieces(extra_ids))
@@ -309,13 +307,13 @@ class _BytePairTokenizer(Tokenizer):
         except ImportError as error:
             raise ImportError(f"{type(self).__name__} needs tokenizers: pip install tokenizers") from error
         source = str(vocabulary) if isinstance(vocabulary, (str, Path)) else "vocabulary"
-        table = _read_json(Path(vocabulary)) if isinstance(vocabulary, (str, Path)) else vocabulary
-        self._set_special_tokens(_checked_vocabulary(table, source), source)
+        table = parse_json(_read(vocabulary), source) if isinstance(vocabulary, (str, Path)) else vocabulary
+        self._set_special_tokens(checked_vocabulary(table, source), source)
         self._merges = _checked_merges(merges, self._ids)
         self.add_prefix_space = add_prefix_space
         self.unsplittable_tokens = list(map(str, unsplittable_tokens or ()))
         if missing := [token for token in self.unsplittable_tokens if token not in self._ids]:
-            raise ValueError(f"{source} lacks the unsplittable token {_names(missing)}")
+            raise ValueError(f"{source} lacks the unsplittable token {quoted(missing)}")
         # Without an unknown token the library would silently drop what it has no symbol for. No text can hold this
         # one: byte-level text has no NUL.
         unknown_token = "<unk>" if "<unk>" in self._ids else "\0"
@@ -410,121 +408,12 @@ class BloomTokenizer(_BytePairTokenizer):
         return rules.Sequence([words, rules.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_FAMILIES: dict[str, type[Tokenizer]] = {c._family: c for c in (T5Tokenizer, OPTTokenizer, BloomTokenizer)}
+FAMILIES: dict[str, type[Tokenizer]] = {c._family: c for c in (T5Tokenizer, OPTTokenizer, BloomTokenizer)}
+"""The class of each family."""
 
 
-def load_tokenizer(directory: str | Path, family: str | None = None, **options: Any) -> Tokenizer:
-    """The tokenizer of a KerasHub preset directory or of a Hugging Face model directory.
-
-    Args:
-        directory: path. KerasHub's has tokenizer.json with a "class_name" and assets/tokenizer/; Hugging Face's has
-            spiece.model (T5), or tokenizer.json with a "model", or vocab.json and merges.txt (OPT, BLOOM).
-        family: "t5", "opt" or "bloom"; by default what tokenizer.json or config.json says.
-        options: arguments of the tokenizer that replace those in the files.
-
-    Raises FileNotFoundError for a missing directory or file, ValueError for one that does not hold what it should,
-    for a file over 256 MB and for a link that leads out of the directory.
-    """
-    if family is not None and family not in _FAMILIES:
-        raise ValueError(f"family must be one of {_names(_FAMILIES)}, not {family!r}")
-    root = Path(directory).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory")
-    data = _optional_json(root, "tokenizer.json")
-    if "class_name" in data:
-        return _load_keras_hub(root, data, family, options)
-    if data and "model" not in data:
-        raise ValueError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
-    return _load_hugging_face(root, data, family, options)
-
-
-def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
-    file = root / "tokenizer.json"
-    found = {c.__name__: c for c in _FAMILIES.values()}.get(str(data["class_name"]))
-    wanted = [c.__name__ for c in _FAMILIES.values() if family in (None, c._family)]
-    if found is None or found.__name__ not in wanted:
-        raise ValueError(f"{file} describes a {data['class_name']}, wanted {_names(wanted)}")
-    config: Any = data.get("config")
-    _check(isinstance(config, dict), f'{file} must hold "config" as an object, found {type(config).__name__}')
-    dtype = config.get("dtype", "int32")
-    while isinstance(dtype, dict):  # a serialized DTypePolicy; the oldest files have a plain string
-        dtype = dtype.get("config", dtype.get("name"))
-    of_keras = ("trainable", "config_file", "proto", "vocabulary", "merges")  # the assets are files of their own
-    arguments = {k: v for k, v in config.items() if k not in of_keras}
-    if surplus := arguments.keys() - set(_arguments(found)):
-        raise ValueError(f"{file} has the unknown setting {_names(sorted(surplus))} for {found.__name__}")
-    assets = ["vocabulary.spm"] if found is T5Tokenizer else ["vocabulary.json", "merges.txt"]
-    paths: list[Any] = [_inside(root, f"assets/tokenizer/{name}") for name in assets]
-    return found(*paths, **(arguments | {"dtype": dtype} | options))
-
-
-def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
-    settings = _optional_json(root, "tokenizer_config.json")
-    config = _optional_json(root, "config.json")
-    # "opt" in Hugging Face's config.json, "keras_hub>OPTBackbone" in KerasHub's
-    name = str(config.get("model_type") or config.get("registered_name") or "nothing")
-    stated = name.split(">")[-1].removesuffix("Backbone").lower()
-    if (family or stated) not in _FAMILIES or (family and stated in _FAMILIES and stated != family):
-        wanted = repr(family) if family else f"{_names(_FAMILIES)}: pass family="
-        raise ValueError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
-    family = family or stated
-    if family == "t5":
-        proto = _inside(root, "spiece.model")
-        if "extra_ids" not in options:
-            special = str(_optional_json(root, "special_tokens_map.json").get("additional_special_tokens"))
-            listed = len(set(re.findall(r"<extra_id_\d+>", special)))
-            default = 100 if T5Tokenizer(proto).vocabulary_size() == 32000 else 0
-            options = options | {"extra_ids": settings.get("extra_ids", listed or default)}
-        return T5Tokenizer(proto, **options)
-    options = {"add_prefix_space": bool(settings.get("add_prefix_space", False))} | options
-    found: type[Any] = _FAMILIES[family]
-    if not data:
-        return found(_inside(root, "vocab.json"), _inside(root, "merges.txt"), **options)  # type: ignore[no-any-return]
-    file, model, added = root / "tokenizer.json", data["model"], data.get("added_tokens") or []
-    if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys() or model.get("type", "BPE") != "BPE":
-        raise ValueError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
-    sound = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
-    _check(sound, f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
-    try:
-        options = {"unsplittable_tokens": [t["content"] for t in added]} | options
-        vocabulary = _checked_vocabulary(model["vocab"], "vocab") | {t["content"]: t.get("id") for t in added}
-        return found(vocabulary, model["merges"], **options)  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _inside(root: Path, name: str) -> Path:
-    """The file's real path, which must be in the (real) directory: a downloaded link may point anywhere."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{root / name} is a link to {path}, which is outside the directory")
-    return path
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a file")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {size} bytes, more than the {MAX_FILE_BYTES} a tokenizer file may have")
-    return path.read_bytes()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _optional_json(root: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no such file."""
-    path = _inside(root, name)
-    data = _read_json(path) if path.exists() else {}
-    _check(isinstance(data, dict), f"{path} must hold a JSON object, found {type(data).__name__}")
-    return data
-
-
-def _checked_vocabulary(table: Any, source: str) -> dict[str, int]:
+def checked_vocabulary(table: Any, source: str) -> dict[str, int]:
+    """The table if it gives every token an id of its own; ValueError that names `source` if not."""
     _check(isinstance(table, dict), f"{source} must hold a dict of str to int, found {type(table).__name__}")
     owners: dict[int, str] = {}
     for token, i in table.items():
@@ -541,7 +430,7 @@ def _checked_merges(merges: Any, vocabulary: dict[str, int]) -> list[tuple[str, 
     if isinstance(merges, (str, Path)):
         source = str(merges)
         try:
-            merges = _read(Path(merges)).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+            merges = _read(merges).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 text: {error}") from error
         if merges[0].startswith("#version") or merges == [""]:
@@ -558,6 +447,12 @@ def _checked_merges(merges: Any, vocabulary: dict[str, int]) -> list[tuple[str, 
                 raise ValueError(f"{source}, entry {number}: the vocabulary lacks {piece!r}")
         pairs.append((left, right))
     return pairs
+
+
+def _read(path: str | Path) -> bytes:
+    """A file that the caller names: it may be a link."""
+    real = Path(path).resolve()
+    return read_bytes(real.parent, real.name)
 
 
 def _extra_pieces(count: int) -> bytes:
@@ -587,9 +482,11 @@ def _check_id(id: Any) -> int:
     return int(id)
 
 
-def _arguments(kind: type[Tokenizer]) -> list[str]:
+def argument_names(kind: type[Tokenizer]) -> list[str]:
+    """What the constructor takes."""
     return [name for name in inspect.signature(kind).parameters if name != "unknown"]
 
 
-def _names(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
+    """The names in quotes, for a message."""
     return ", ".join(repr(name) for name in names)

@@ -13,14 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("sentencepiece")
-pytest.importorskip("tokenizers")
 
 import sentencepiece
 import tokenizers
 
-from refmodels import tokenizers as module
-from refmodels.tokenizers import BloomTokenizer, OPTTokenizer, T5Tokenizer, Tokenizer, load_tokenizer
+from refmodels import files
+from refmodels.tokenizer_files import load_tokenizer
+from refmodels.tokenizers import BloomTokenizer, OPTTokenizer, T5Tokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data" / "tokenizers"
@@ -399,7 +398,7 @@ def test_bad_arguments() -> None:
         T5Tokenizer(proto, extra_ids=-1)
     with pytest.raises(ValueError, match="dtype must name an integer type"):
         T5Tokenizer(proto, dtype="string")
-    with pytest.raises(FileNotFoundError, match=r"nowhere.spm is missing"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.spm: no such file"):
         T5Tokenizer("nowhere.spm")
 
 
@@ -413,7 +412,7 @@ def test_bad_arguments() -> None:
         ({"</s>": 0, "<pad>": -1}, [], "integer id from 0 on, found '<pad>': -1"),
         ({"</s>": 0, "<pad>": True}, [], "found '<pad>': True"),
         ({"</s>": 0, "<pad>": 2**31}, [], "found '<pad>': 2147483648"),
-        ({"</s>": 0, "<pad>": 1}, "missing.txt", "missing.txt is missing"),
+        ({"</s>": 0, "<pad>": 1}, "missing.txt", "missing.txt: no such file"),
         ({"</s>": 0, "<pad>": 1}, {}, "merges must be a list of pairs, found dict"),
         ({"</s>": 0, "<pad>": 1}, ["a"], "merges, entry 1: found 'a', wanted two parts"),
         ({"</s>": 0, "<pad>": 1, "a": 2}, ["a b"], "merges, entry 1: the vocabulary lacks 'b'"),
@@ -430,19 +429,19 @@ def test_bad_vocabulary_and_merges(vocabulary: object, merges: object, message: 
 @pytest.mark.parametrize(
     ("family", "file", "content", "message"),
     [
-        ("t5", "assets/tokenizer/vocabulary.spm", None, "vocabulary.spm is missing"),
+        ("t5", "assets/tokenizer/vocabulary.spm", None, "vocabulary.spm: no such file"),
         ("t5", "assets/tokenizer/vocabulary.spm", b"", "vocabulary.spm is empty, wanted a sentencepiece"),
         ("t5", "assets/tokenizer/vocabulary.spm", b"no model", "vocabulary.spm is not a sentencepiece model"),
-        ("opt", "assets/tokenizer/merges.txt", None, "merges.txt is missing"),
+        ("opt", "assets/tokenizer/merges.txt", None, "merges.txt: no such file"),
         ("opt", "assets/tokenizer/merges.txt", b"#version\na\n", "merges.txt, entry 2: found 'a', wanted two parts"),
         ("opt", "assets/tokenizer/merges.txt", b"a b\n\xff", "merges.txt is not UTF-8"),
-        ("opt", "assets/tokenizer/vocabulary.json", None, "vocabulary.json is missing"),
-        ("opt", "assets/tokenizer/vocabulary.json", b"{", "vocabulary.json is not JSON"),
+        ("opt", "assets/tokenizer/vocabulary.json", None, "vocabulary.json: no such file"),
+        ("opt", "assets/tokenizer/vocabulary.json", b"{", "vocabulary.json: not valid JSON"),
         (
             "opt",
             "assets/tokenizer/vocabulary.json",
             b"[1]",
-            "vocabulary.json must hold a dict of str to int, found list",
+            "vocabulary.json: wanted a JSON object, found list",
         ),
         (
             "opt",
@@ -450,8 +449,8 @@ def test_bad_vocabulary_and_merges(vocabulary: object, merges: object, message: 
             b'{"a": 0}',
             "vocabulary.json lacks the special token '</s>', '<pad>'",
         ),
-        ("opt", "tokenizer.json", b"[" * 100_000, "tokenizer.json is not JSON"),
-        ("opt", "tokenizer.json", b"[]", "tokenizer.json must hold a JSON object, found list"),
+        ("opt", "tokenizer.json", b"[" * 100_000, "tokenizer.json: not valid JSON"),
+        ("opt", "tokenizer.json", b"[]", "tokenizer.json: wanted a JSON object, found list"),
         ("opt", "tokenizer.json", b'{"a": 1}', 'tokenizer.json has neither "class_name"'),
         ("opt", "tokenizer.json", b'{"class_name": "X"}', "describes a X, wanted 'T5Tokenizer', 'OPTTokenizer'"),
         ("opt", "tokenizer.json", b'{"class_name": "OPTTokenizer"}', 'must hold "config" as an object, found NoneType'),
@@ -494,7 +493,7 @@ def test_directory_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_tokenizer(tmp_path, "gpt")
     with pytest.raises(ValueError, match=r"config.json names 'nothing' as the family, wanted 't5', 'opt', 'bloom'"):
         load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"vocab.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"vocab.json: no such file"):
         load_tokenizer(tmp_path, "bloom")
     preset = keras_hub_preset(tmp_path / "preset", "opt")
     with pytest.raises(ValueError, match="describes a OPTTokenizer, wanted 'BloomTokenizer'"):
@@ -506,8 +505,8 @@ def test_directory_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_tokenizer(hf, "opt")
     (hf / "config.json").write_text('{"class_name": "BloomBackbone", "registered_name": "keras_hub>BloomBackbone"}')
     assert type(load_tokenizer(hf)) is BloomTokenizer
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"vocabulary.json has 8351 bytes, more than the 1000"):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"vocabulary.json: 8351 bytes, wanted at most 1000"):
         load_tokenizer(preset)
 
 
@@ -520,5 +519,5 @@ def test_links_stay_inside(tmp_path: Path) -> None:
     (preset / "real.txt").rename(tmp_path / "outside.txt")
     merges.unlink()
     merges.symlink_to(tmp_path / "outside.txt")
-    with pytest.raises(ValueError, match=r"merges.txt is a link to .*outside.txt, which is outside"):
+    with pytest.raises(ValueError, match=r"merges.txt: a link that leads out of the directory, to .*outside.txt"):
         load_tokenizer(preset)

@@ -4,17 +4,18 @@ where."""
 import json
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from refmodels.files import MAX_FILE_BYTES, field, inside, read_json
 from refmodels.parameters import ZEROS, Parameter
 from refmodels.weights import huggingface, keras_h5, safetensors
-from refmodels.weights.files import MAX_JSON_BYTES, Tensor, field, inside, read_json
+from refmodels.weights.tensor import Tensor
 
 h5py = pytest.importorskip("h5py")
 
@@ -48,13 +49,12 @@ def refused(module, path, error=ValueError):
 # -- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def test_safetensors_reads_every_dtype_as_the_reference_package_does(tmp_path):
-    package = pytest.importorskip("safetensors.numpy")
+def test_safetensors_reads_every_dtype(tmp_path):
     generator = np.random.default_rng(0)
     dtypes = ["float64", "float32", "float16", ml_dtypes.bfloat16, "int64", "int32", "int16", "int8", "uint8", "bool"]
     written = {f"tensor.{np.dtype(dtype).name}": generator.normal(size=(i, 3)).astype(dtype) for i, dtype in enumerate(dtypes)}
     written["scalar"] = np.array(2.5, np.float32)
-    package.save_file(written, tmp_path / "model.safetensors", metadata={"format": "np"})
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "np"})
     with safetensors.open_tensors(tmp_path, "model.safetensors") as tensors:
         assert tensors.keys() == written.keys()
         for name, values in written.items():
@@ -62,7 +62,6 @@ def test_safetensors_reads_every_dtype_as_the_reference_package_does(tmp_path):
             found = tensors[name].read()
             assert found.dtype == values.dtype
             np.testing.assert_array_equal(found, values)
-            assert found.size == 0 or not found.flags.writeable
 
 
 def test_safetensors_shards_are_one_mapping():
@@ -76,54 +75,49 @@ def test_safetensors_shards_are_one_mapping():
 
 
 @pytest.mark.parametrize(
-    ("header", "data_size", "words"),
+    ("header", "data_size"),
     [
-        ({"w": entry()}, 23, ["'w'", "byte 24", "has 23", "truncated"]),
-        ({"w": entry()}, 25, ["25 bytes", "describes 24"]),
-        ({"w": entry(end=20)}, 20, ["'w'", "(2, 3) takes 24 bytes", "span 20"]),
-        ({"w": entry(begin=4, end=28)}, 28, ["'w'", "begins at byte 4", "wanted 0"]),
-        ({"v": entry(), "w": entry(begin=12, end=36)}, 36, ["'w'", "begins at byte 12", "wanted 24"]),
-        ({"w": entry(shape=(2**40, 2**40))}, 24, ["'w'", "takes 4835703278458516698824704 bytes", "span 24"]),
-        ({"w": entry(shape=(-2, -3))}, 24, ["'w'", "[-2, -3]", "0 or more"]),
-        ({"w": entry(shape=(2.0, 3))}, 24, ["'w'", "[2.0, 3]"]),
-        ({"w": entry(shape=(True, 6))}, 24, ["'w'", "[True, 6]"]),
-        ({"w": entry(shape=(10**4000,) * 2)}, 24, ["'w'", "counts of 0 or more"]),
-        ({"w": entry(shape=(1,) * 17)}, 24, ["'w'", "counts of 0 or more"]),
-        ({"w": entry(begin=24, end=0)}, 24, ["'w'", "span -24"]),
-        ({"w": entry(dtype="F4")}, 24, ["'w'", "'F4'", "F32"]),
-        ({"w": entry(dtype=["F32"])}, 24, ["'w'", "['F32']"]),
-        ({"w": {"dtype": "F32", "shape": [2, 3]}}, 24, ["'w'", "data_offsets"]),
-        ({"w": {**entry(), "data_offsets": [0, 1, 2]}}, 24, ["'w'", "two data_offsets"]),
-        ({"w": {**entry(), "shape": 6}}, 24, ["'w'", "shape"]),
-        ({"w": 3}, 24, ["'w'", "found 3"]),
-        (b"[1, 2]", 0, ["header", "wanted a JSON object, found list"]),
-        (b'{"w": ', 0, ["header", "not valid JSON"]),
-        (b"[" * 200_000, 0, ["header", "not valid JSON"]),
-        (b"\xff\xfe{}", 0, ["header", "not valid JSON"]),
+        ({"w": entry()}, 23),
+        ({"w": entry()}, 25),
+        ({"w": entry(end=20)}, 20),
+        ({"w": entry(begin=4, end=28)}, 28),
+        ({"v": entry(), "w": entry(begin=12, end=36)}, 36),
+        ({"w": entry(shape=(2**40, 2**40))}, 24),
+        ({"w": entry(shape=(-2, -3))}, 24),
+        ({"w": entry(shape=(2.0, 3))}, 24),
+        ({"w": entry(shape=(10**4000,) * 2)}, 24),
+        ({"w": entry(begin=24, end=0)}, 24),
+        ({"w": entry(dtype="F5")}, 24),
+        ({"w": entry(dtype=["F32"])}, 24),
+        ({"w": {"dtype": "F32", "shape": [2, 3]}}, 24),
+        ({"w": {**entry(), "data_offsets": [0, 1, 2]}}, 24),
+        ({"w": {**entry(), "shape": 6}}, 24),
+        ({"w": 3}, 24),
+        (b"[1, 2]", 0),
+        (b'{"w": ', 0),
+        (b"[" * 200_000, 0),
+        (b"\xff\xfe{}", 0),
     ],
+    ids=lambda value: str(value)[:60],
 )
-def test_safetensors_refuses_a_header_that_lies(tmp_path, header, data_size, words):
+def test_safetensors_refuses_a_header_that_lies(tmp_path, header, data_size):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, header, bytes(data_size))
+    assert "not a sound safetensors file" in refused(safetensors, path)
+
+
+def test_safetensors_refuses_a_type_that_numpy_lacks(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"w": entry(dtype="F8_E5M2", end=6)}, bytes(6))
     message = refused(safetensors, path)
-    for word in words:
-        assert word in message
+    assert "tensor 'w': dtype 'F8_E5M2' is not supported, wanted one of F64, F32" in message
 
 
-@pytest.mark.parametrize("length", [1000, MAX_JSON_BYTES + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [1000, 2**27, 2**63, 2**64 - 1])
 def test_safetensors_refuses_a_header_length_that_lies(tmp_path, length):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"w": entry()}, bytes(24), length=length)
-    message = refused(safetensors, path)
-    assert f"claims {length} bytes" in message
-
-
-def test_safetensors_refuses_a_huge_header_that_is_there(tmp_path):
-    path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:  # sparse: takes no space
-        file.write(struct.pack("<Q", MAX_JSON_BYTES + 1))
-        file.truncate(MAX_JSON_BYTES + 100)
-    assert f"{MAX_JSON_BYTES} are allowed" in refused(safetensors, path)
+    assert "not a sound safetensors file" in refused(safetensors, path)
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, 20_000])
@@ -352,8 +346,8 @@ def test_a_pipe_is_no_file(tmp_path):
 def test_json_of_absurd_size_is_refused_unread(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
-    with pytest.raises(ValueError, match=rf"config\.json: {MAX_JSON_BYTES + 1} bytes of JSON, wanted at most"):
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ValueError, match=rf"config\.json: {MAX_FILE_BYTES + 1} bytes, wanted at most"):
         read_json(tmp_path, path.name)
 
 
@@ -574,24 +568,3 @@ def test_without_h5py_the_error_says_what_to_install(monkeypatch):
         keras_h5.open_tensors(GOLDENS / "keras_hub_0.17" / "opt", "model.weights.h5"),
     ):
         pass
-
-
-def test_importing_and_reading_safetensors_needs_numpy_alone():
-    script = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(['h5py', 'safetensors', 'ml_dtypes', 'huggingface_hub', 'kagglehub']))\n"
-        "from pathlib import Path\n"
-        "from refmodels.weights import huggingface, keras_h5, safetensors\n"
-        "with safetensors.open_tensors(Path(sys.argv[1]), 'model.safetensors') as tensors:\n"
-        "    print(sum(tensor.read().size for tensor in tensors.values()))\n"
-    )
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(GOLDENS / "hf" / "bloom")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 41344

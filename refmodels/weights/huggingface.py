@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from refmodels.files import field
 from refmodels.op import Array
 from refmodels.parameters import Parameter
-from refmodels.weights.files import Tensor, field
+from refmodels.weights.tensor import Tensor
 
 CLASSES = {"t5": "T5Backbone", "mt5": "T5Backbone", "opt": "OPTBackbone", "bloom": "BloomBackbone"}
 """`model_type` in config.json -> the class that can hold it."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from refmodels.files import inside
 from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
-from refmodels.weights.files import Tensor, inside
+from refmodels.weights.tensor import Tensor
 
 MAX_OBJECTS = 1_000_000
 """A file with more groups and datasets than this is refused."""

@@ -1,18 +1,12 @@
-"""Files that a stranger wrote: no link out of the directory, no unbounded size, no field unchecked; and the record of
-a stored tensor."""
+"""Files that a stranger wrote: no link out of the directory, no unbounded size, no field unchecked."""
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from refmodels.op import Array
-
-MAX_JSON_BYTES = 64 * 2**20
-"""A JSON file (or a safetensors header) above this is refused unread."""
+MAX_FILE_BYTES = 64 * 2**20
+"""A file other than weights above this is refused unread; the largest in use, a tokenizer's, has 15 MB."""
 
 REQUIRED: Final = object()
 """As the default of `field`: the field must be there."""
@@ -27,37 +21,27 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """Kind of a field -> (what it must be, in words; whether a value is that)."""
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A stored tensor, not read yet: `file` it lies in, `name` there, `shape`, `dtype`. `read()` gives the values as
-    an array, possibly a read-only view of the file; ValueError if the file turns out to be damaged."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], Array]
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The resolved path of file `name` of `directory`.
+def inside(directory: Path, *names: str) -> Path:
+    """The resolved path of the file below `directory` that these names, one for each level, lead to.
 
     A link may lead elsewhere in the directory, but not out of it; the one exception is the Hugging Face cache, where
     the files of `snapshots/<revision>` are links into `blobs` beside `snapshots`. ValueError for a name with a
     directory in it and for a link that leads out; FileNotFoundError if there is no such regular file.
     """
-    if name in {"", ".", ".."} or len(name) > 255 or any(character in name for character in "/\\\0"):
-        raise ValueError(f"{directory}: {name[:300]!r} is not a plain file name")
+    for name in names:
+        if name in {"", ".", ".."} or len(name) > 255 or any(character in name for character in "/\\\0"):
+            raise ValueError(f"{directory}: {name[:300]!r} is not a plain file name")
+    shown = directory.joinpath(*names)
     root = directory.resolve()
     try:
-        path = (root / name).resolve()
+        path = root.joinpath(*names).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links; a name that the file system cannot hold
-        raise ValueError(f"{directory}: {name!r} cannot be opened: {error}") from None
+        raise ValueError(f"{shown}: cannot be opened: {error}") from None
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     if not any(path.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{directory / name}: a link that leads out of the directory, to {path}")
+        raise ValueError(f"{shown}: a link that leads out of the directory, to {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"{directory / name}: no such file")
+        raise FileNotFoundError(f"{shown}: no such file")
     return path
 
 
@@ -72,14 +56,18 @@ def parse_json(content: bytes, source: str) -> dict[str, Any]:
     return value
 
 
-def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object in file `name` of `directory`; errors as for `inside` and `parse_json`, or a size above 64
-    MiB."""
-    path = inside(directory, name)
+def read_bytes(directory: Path, *names: str) -> bytes:
+    """What is in this file; errors as for `inside`, or a size above `MAX_FILE_BYTES`."""
+    path = inside(directory, *names)
     size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{directory / name}: {size} bytes of JSON, wanted at most {MAX_JSON_BYTES}")
-    return parse_json(path.read_bytes(), str(directory / name))
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{directory.joinpath(*names)}: {size} bytes, wanted at most {MAX_FILE_BYTES}")
+    return path.read_bytes()
+
+
+def read_json(directory: Path, *names: str) -> dict[str, Any]:
+    """The JSON object in this file; errors as for `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(directory, *names), str(directory.joinpath(*names)))
 
 
 def field(values: Mapping[str, Any], source: str, names: str | tuple[str, ...], kind: str, default: Any = REQUIRED) -> Any:

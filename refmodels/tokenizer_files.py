@@ -1,0 +1,95 @@
+"""Tokenizers from files: KerasHub's preset directories and Hugging Face's model directories."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from refmodels.files import inside, read_json
+from refmodels.tokenizers import FAMILIES, T5Tokenizer, Tokenizer, argument_names, checked_vocabulary, quoted
+
+
+def load_tokenizer(directory: str | Path, family: str | None = None, **options: Any) -> Tokenizer:
+    """The tokenizer of a KerasHub preset directory or of a Hugging Face model directory.
+
+    Args:
+        directory: path. KerasHub's has tokenizer.json with a "class_name" and assets/tokenizer/; Hugging Face's has
+            spiece.model (T5), or tokenizer.json with a "model", or vocab.json and merges.txt (OPT, BLOOM).
+        family: "t5", "opt" or "bloom"; by default what tokenizer.json or config.json says.
+        options: arguments of the tokenizer that replace those in the files.
+
+    Raises FileNotFoundError for a missing directory or file, ValueError for one that does not hold what it should,
+    for a file over 64 MiB and for a link that leads out of the directory.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {quoted(FAMILIES)}, not {family!r}")
+    root = Path(directory).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    data = _optional_json(root, "tokenizer.json")
+    if "class_name" in data:
+        return _load_keras_hub(root, data, family, options)
+    if data and "model" not in data:
+        raise ValueError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
+    return _load_hugging_face(root, data, family, options)
+
+
+def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
+    file = root / "tokenizer.json"
+    found = {c.__name__: c for c in FAMILIES.values()}.get(str(data["class_name"]))
+    wanted = [c.__name__ for c in FAMILIES.values() if family in (None, c._family)]
+    if found is None or found.__name__ not in wanted:
+        raise ValueError(f"{file} describes a {data['class_name']}, wanted {quoted(wanted)}")
+    config: Any = data.get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f'{file} must hold "config" as an object, found {type(config).__name__}')
+    dtype = config.get("dtype", "int32")
+    while isinstance(dtype, dict):  # a serialized DTypePolicy; the oldest files have a plain string
+        dtype = dtype.get("config", dtype.get("name"))
+    of_keras = ("trainable", "config_file", "proto", "vocabulary", "merges")  # the assets are files of their own
+    arguments = {k: v for k, v in config.items() if k not in of_keras}
+    if surplus := arguments.keys() - set(argument_names(found)):
+        raise ValueError(f"{file} has the unknown setting {quoted(sorted(surplus))} for {found.__name__}")
+    assets = ["vocabulary.spm"] if found is T5Tokenizer else ["vocabulary.json", "merges.txt"]
+    paths: list[Any] = [inside(root, "assets", "tokenizer", name) for name in assets]
+    return found(*paths, **(arguments | {"dtype": dtype} | options))
+
+
+def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
+    settings = _optional_json(root, "tokenizer_config.json")
+    config = _optional_json(root, "config.json")
+    # "opt" in Hugging Face's config.json, "keras_hub>OPTBackbone" in KerasHub's
+    name = str(config.get("model_type") or config.get("registered_name") or "nothing")
+    stated = name.split(">")[-1].removesuffix("Backbone").lower()
+    if (family or stated) not in FAMILIES or (family and stated in FAMILIES and stated != family):
+        wanted = repr(family) if family else f"{quoted(FAMILIES)}: pass family="
+        raise ValueError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
+    family = family or stated
+    if family == "t5":
+        proto = inside(root, "spiece.model")
+        if "extra_ids" not in options:
+            special = str(_optional_json(root, "special_tokens_map.json").get("additional_special_tokens"))
+            listed = len(set(re.findall(r"<extra_id_\d+>", special)))
+            default = 100 if T5Tokenizer(proto).vocabulary_size() == 32000 else 0
+            options = options | {"extra_ids": settings.get("extra_ids", listed or default)}
+        return T5Tokenizer(proto, **options)
+    options = {"add_prefix_space": bool(settings.get("add_prefix_space", False))} | options
+    found: type[Any] = FAMILIES[family]
+    if not data:
+        return found(inside(root, "vocab.json"), inside(root, "merges.txt"), **options)
+    file, model, added = root / "tokenizer.json", data["model"], data.get("added_tokens") or []
+    if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys() or model.get("type", "BPE") != "BPE":
+        raise ValueError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
+    sound = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
+    if not sound:
+        raise ValueError(f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
+    try:
+        options = {"unsplittable_tokens": [t["content"] for t in added]} | options
+        vocabulary = checked_vocabulary(model["vocab"], "vocab") | {t["content"]: t.get("id") for t in added}
+        return found(vocabulary, model["merges"], **options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _optional_json(root: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is no such file."""
+    return read_json(root, name) if (root / name).exists() else {}

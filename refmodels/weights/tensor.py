@@ -1,0 +1,24 @@
+"""The record of a stored tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmodels.op import Array
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor, not read yet: the `file` it lies in, its `name` there, `shape`, `dtype`.
+
+    `read()` gives the values; ValueError if the file turns out to be damaged.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
