@@ -15,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,9 +24,8 @@ from refmodels import __version__
 if TYPE_CHECKING:
     from refmodels.accelerator import Accelerator
     from refmodels.backbone import Backbone
-    from refmodels.generate import Sampling
     from refmodels.parameters import Parameter
-    from refmodels.task import Task
+    from refmodels.task import TextStream
 
 DEFAULT_NEW_TOKENS = 128
 FASTEST_FIRST = ("cupy", "numba")
@@ -187,66 +186,33 @@ _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
 # -- generate -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Generation:
-    """One text as it comes about: `pieces()` runs the model; afterwards the other fields hold what it did.
+class Stopwatch(Iterator[str]):
+    """The pieces of a `TextStream`, timed. The first token ends with the prefill (for T5 with the encoder, too)."""
 
-    The first token ends with the prefill (for T5 with the encoder, too); seconds count from the call of `pieces`.
-    """
+    def __init__(self, stream: "TextStream") -> None:
+        self._stream = stream
+        self._began = time.perf_counter()
+        self.first_token_seconds: float | None = None
+        self.seconds = 0.0
+        """From the start to the last token."""
 
-    task: "Task"
-    prompt: str
-    stop: str | list[int] | None
-    sampling: "Sampling"
-    max_length: int
-    max_new_tokens: int | None
-    prompt_ids: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    first_token_seconds: float | None = None
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.batch = self.task._batch_of_texts([self.prompt], self.max_length, self.max_new_tokens)
-        self.stop_ids = self.task._stop_ids(self.stop)
-        vocabulary = self.task.backbone.vocabulary_size
-        outside = [i for i in self.stop_ids if i >= vocabulary]
-        if outside:
-            raise ValueError(f"stop token id {outside[0]} is not in the vocabulary of {vocabulary}")
-        ids = self.batch.encoder_ids
-        self.prompt_ids = self.batch.prompts[0] if ids is None else ids[0].tolist()
-
-    @property
-    def shown_prompt(self) -> str:
-        """What stands before the new text: nothing for T5, which answers."""
-        return "" if self.batch.encoder_ids is not None else str(self.task.tokenizer.detokenize(self.prompt_ids))
-
-    def pieces(self) -> Iterator[str]:
-        """The new text, a piece for each token; from a beam search in one piece."""
-        from refmodels.generate import decode
-
-        began = time.perf_counter()
-        text = self.task.tokenizer.stream_decoder()
-        if self.sampling.kind == "beam":
-            (self.tokens,) = self.task._run(self.batch, self.stop_ids, self.sampling)
-            self.seconds = time.perf_counter() - began
-            yield "".join(map(text.push, self.tokens)) + text.finish()
-            return
-        backbone, batch = self.task.backbone, self.batch
-        cache = self.task._cache(batch)
-        for (token,) in decode(backbone, cache, batch.prompts, batch.limits, self.stop_ids, self.sampling):
-            self.seconds = time.perf_counter() - began
-            if token is not None:
-                self.first_token_seconds = self.first_token_seconds or self.seconds
-                self.tokens.append(token)
-                yield text.push(token)
-        yield text.finish()
+    def __next__(self) -> str:
+        before = len(self._stream.tokens)
+        piece = next(self._stream)
+        count = len(self._stream.tokens)
+        if count > before:
+            self.seconds = time.perf_counter() - self._began
+        if count == 1 and before == 0:
+            self.first_token_seconds = self.seconds
+        return piece
 
     @property
     def decoding_speed(self) -> float | None:
-        """Tokens a second after the first; None if there are none."""
-        if self.first_token_seconds is None or len(self.tokens) < 2:
+        """Tokens a second after the first; None where the tokens did not come one by one."""
+        count = len(self._stream.tokens)
+        if self.first_token_seconds is None or count < 2:
             return None
-        return (len(self.tokens) - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
+        return (count - 1) / max(self.seconds - self.first_token_seconds, 1e-9)
 
 
 def generate_command(arguments: argparse.Namespace) -> None:
@@ -259,8 +225,8 @@ def generate_command(arguments: argparse.Namespace) -> None:
 
     # Everything that can be refused without the weights is, before they are read.
     names = ("sampler", "temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
-    given = {name: getattr(arguments, name) for name in names}
-    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sampling = Sampling(**given)
     if arguments.dtype is not None and arguments.dtype not in POLICIES:
         raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {arguments.dtype!r}")
     locate(arguments.preset)
@@ -277,29 +243,26 @@ def generate_command(arguments: argparse.Namespace) -> None:
     new = arguments.max_new_tokens
     if new is None and arguments.max_length is None:
         new = DEFAULT_NEW_TOKENS
-    positions = getattr(task.backbone.config, "max_sequence_length", None)
-    length = arguments.max_length or positions or sys.maxsize
-    if positions is not None and length > positions:
-        raise ValueError(f"--max-length {length} is more than the {positions} positions of the model")
-    generation = Generation(task, prompt, arguments.stop_token_ids, sampling, length, new)
-
-    shown = "" if arguments.strip_prompt else generation.shown_prompt
+    length = arguments.max_length
+    generated = task.stream(prompt, length, arguments.stop_token_ids, max_new_tokens=new, **given)
+    clock = Stopwatch(generated)
+    shown = "" if arguments.strip_prompt else generated.prompt_text
     stream = not (arguments.no_stream or arguments.json or sampling.kind == "beam")
-    pieces = chain([shown], generation.pieces())
+    pieces = chain([shown], clock)
     text = _write(pieces) if stream else "".join(pieces)
     stats = {
         "accelerator": REFERENCE if accelerator is None else accelerator.name,
         "dtype": task.backbone.config.dtype,
         "load_seconds": load_seconds,
-        "prompt_tokens": len(generation.prompt_ids),
-        "new_tokens": len(generation.tokens),
-        "first_token_seconds": generation.first_token_seconds,
-        "seconds": generation.seconds,
-        "decoding_tokens_per_second": generation.decoding_speed,
+        "prompt_tokens": len(generated.prompt_ids),
+        "new_tokens": len(generated.tokens),
+        "first_token_seconds": clock.first_token_seconds,
+        "seconds": clock.seconds,
+        "decoding_tokens_per_second": clock.decoding_speed,
         "peak_memory_mb": peak_memory_mb(),
     }
     if arguments.json:
-        _print_json({"preset": arguments.preset, "prompt": prompt, "text": text, "tokens": generation.tokens, **stats})
+        _print_json({"preset": arguments.preset, "prompt": prompt, "text": text, "tokens": generated.tokens, **stats})
     elif stream:
         print(flush=True)
     else:

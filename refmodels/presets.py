@@ -56,7 +56,7 @@ _OF_FAMILY = {
     "bloom": {"layer_norm_epsilon": "fraction"},
 }
 _HANDLES = (
-    "a preset name (see refmodels.presets.preset_names()), a local directory, "
+    "a name that `refmodels presets` lists, a local directory, "
     "kaggle://org/model/keras/variant[/version] or hf://org/name"
 )
 

@@ -1,5 +1,6 @@
 """Tasks: a backbone, a tokenizer, and `generate` from text to text."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,12 +84,12 @@ class Task(ABC):
         settings, stop = Sampling(**sampling), self._stop_ids(stop_token_ids)
         if isinstance(inputs, Mapping):
             batch = self._batch_of_ids(inputs, max_length, max_new_tokens)
-            return self._as_ids(batch, self._run(batch, stop, settings), strip_prompt)
+            return self._as_ids(batch, self.run(batch, stop, settings), strip_prompt)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise TypeError("inputs must be a string, a list of strings or a dictionary of token ids")
         batch = self._batch_of_texts(texts, max_length, max_new_tokens)
-        new = self._run(batch, stop, settings)
+        new = self.run(batch, stop, settings)
         shown = [prompt * (not strip_prompt) + ids for prompt, ids in zip(batch.prompts, new, strict=True)]
         answers = [self.tokenizer.detokenize(ids) for ids in shown]
         return answers[0] if isinstance(inputs, str) else answers
@@ -101,38 +102,27 @@ class Task(ABC):
         *,
         max_new_tokens: int | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
-        """The new text of `generate` for one prompt, piece by piece: one for each token as soon as it is known, then a last one.
-
-        A piece is empty while a character is not complete.
-        """
+    ) -> "TextStream":
+        """The new text of `generate` for one prompt, piece by piece, as it comes about."""
         settings, stop = Sampling(**sampling), self._stop_ids(stop_token_ids)
-        if settings.kind == "beam":
-            raise ValueError("a beam search knows its text only at the end: use generate")
-        return self._pieces(self._batch_of_texts([prompt], max_length, max_new_tokens), stop, settings)
+        return TextStream(self, self._batch_of_texts([prompt], max_length, max_new_tokens), stop, settings)
 
-    def _pieces(self, batch: Batch, stop: frozenset[int], settings: Sampling) -> Iterator[str]:
-        text = self.tokenizer.stream_decoder()
-        for (token,) in decode(self.backbone, self._cache(batch), batch.prompts, batch.limits, stop, settings):
-            if token is not None:
-                yield text.push(token)
-        yield text.finish()
-
-    def _run(self, batch: Batch, stop: frozenset[int], settings: Sampling) -> list[list[int]]:
+    def run(self, batch: Batch, stop: frozenset[int], settings: Sampling) -> list[list[int]]:
         """The new tokens of every row, a stop token included."""
         if settings.kind == "beam":
             return [
-                beam_search(self.backbone, self._cache(row), row.prompts[0], row.limits[0], stop, settings)
+                beam_search(self.backbone, self.new_cache(row), row.prompts[0], row.limits[0], stop, settings)
                 for row in batch.rows()
             ]
         new: list[list[int]] = [[] for _ in batch.prompts]
-        for tokens in decode(self.backbone, self._cache(batch), batch.prompts, batch.limits, stop, settings):
+        for tokens in decode(self.backbone, self.new_cache(batch), batch.prompts, batch.limits, stop, settings):
             for ids, token in zip(new, tokens, strict=True):
                 if token is not None:
                     ids.append(token)
         return new
 
-    def _cache(self, batch: Batch) -> Params:
+    def new_cache(self, batch: Batch) -> Params:
+        """A cache with room for every row's limit; for T5 the inputs are encoded into it."""
         capacity = max(len(prompt) + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
         with self.backbone.running():
             if batch.encoder_ids is None:
@@ -181,7 +171,8 @@ class Task(ABC):
             if stop_token_ids != "auto":
                 raise ValueError(f"stop_token_ids must be 'auto', None or token ids, got {stop_token_ids!r}")
             return frozenset([int(self._need_tokenizer("stop_token_ids='auto'").end_token_id)])
-        return frozenset(int(i) for i in np.atleast_1d(np.asarray(stop_token_ids)))
+        ids = self.backbone.check_ids("stop_token_ids", np.atleast_2d(np.asarray(stop_token_ids)))
+        return frozenset(ids[0].tolist())
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -196,13 +187,50 @@ class Task(ABC):
         return ids, mask
 
 
+def _default_length(max_length: int | None, max_new_tokens: int | None) -> int:
+    """max_length if given; else, without any limit at all, the default."""
+    if max_length is not None:
+        return max_length
+    return DEFAULT_MAX_LENGTH if max_new_tokens is None else sys.maxsize
+
+
+class TextStream(Iterator[str]):
+    """An iterator over the new text of one prompt: a piece for each token as soon as it is known, then a last one.
+
+    A piece is empty while a character is not complete. A beam search gives its text in one piece.
+    Attributes: `prompt_ids`, what the model reads; `prompt_text`, what stands before the new text (nothing for T5, which
+    answers); `tokens`, the new ids so far, a stop token included.
+    """
+
+    def __init__(self, task: Task, batch: Batch, stop: frozenset[int], settings: Sampling) -> None:
+        self.prompt_ids: list[int] = batch.prompts[0] if batch.encoder_ids is None else batch.encoder_ids[0].tolist()
+        self.prompt_text: str = task.tokenizer.detokenize(batch.prompts[0])
+        self.tokens: list[int] = []
+        self._pieces = self._run(task, batch, stop, settings)
+
+    def _run(self, task: Task, batch: Batch, stop: frozenset[int], settings: Sampling) -> Iterator[str]:
+        text = task.tokenizer.stream_decoder()
+        if settings.kind == "beam":
+            (self.tokens,) = task.run(batch, stop, settings)
+            yield "".join(map(text.push, self.tokens)) + text.finish()
+            return
+        for (token,) in decode(task.backbone, task.new_cache(batch), batch.prompts, batch.limits, stop, settings):
+            if token is not None:
+                self.tokens.append(token)
+                yield text.push(token)
+        yield text.finish()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+
 class CausalLM(Task):
     """A decoder with its head: text is continued."""
 
     def _batch_of_texts(self, texts: list[str], max_length: int | None, max_new_tokens: int | None) -> Batch:
         tokenizer = self._need_tokenizer("text")
         prompts = [[tokenizer.start_token_id, *tokenizer.tokenize(text)] for text in texts]
-        return self._bounded(prompts, DEFAULT_MAX_LENGTH if max_length is None else max_length, max_length, max_new_tokens)
+        return self._bounded(prompts, _default_length(max_length, max_new_tokens), max_length, max_new_tokens)
 
     def _batch_of_ids(self, inputs: Mapping[str, Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
         ids, mask = self._real_tokens(inputs)
@@ -235,7 +263,7 @@ class Seq2SeqLM(Task):
         ids = np.full(mask.shape, tokenizer.pad_token_id, np.int64)
         ids[mask] = np.concatenate([np.asarray(row) for row in rows])
         prompts = [[int(tokenizer.pad_token_id)]] * len(rows)
-        return Batch(prompts, self._limits(prompts, max_length or DEFAULT_MAX_LENGTH, max_new_tokens), ids, mask)
+        return Batch(prompts, self._limits(prompts, _default_length(max_length, max_new_tokens), max_new_tokens), ids, mask)
 
     def _batch_of_ids(self, inputs: Mapping[str, Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
         encoder_ids, encoder_mask = self._real_tokens(inputs, "encoder_")
@@ -245,7 +273,7 @@ class Seq2SeqLM(Task):
             width = ids.shape[1] if max_new_tokens is None else ids.shape[1] + max_new_tokens
         else:
             start = 0 if self.tokenizer is None else int(self.tokenizer.pad_token_id)
-            prompts, width = [[start]] * len(encoder_ids), DEFAULT_MAX_LENGTH
+            prompts, width = [[start]] * len(encoder_ids), _default_length(max_length, max_new_tokens)
         limits = self._limits(prompts, width if max_length is None else max_length, max_new_tokens)
         return Batch(prompts, limits, encoder_ids, encoder_mask)
 

@@ -210,6 +210,7 @@ def test_seeds():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_length": 3}, "the prompt has 5 tokens, more than max_length 3"),
         ({"max_length": 5000}, "max_length 5000 is more than the model's max_sequence_length 2048"),
+        ({"stop_token_ids": [23]}, r"stop_token_ids\[0, 0\] is 23, wanted 0 to 22"),
         ({"stop_token_ids": "never"}, "stop_token_ids must be 'auto', None or token ids"),
         ({"stop_token_ids": "auto"}, "needs a tokenizer"),
     ],
@@ -250,8 +251,16 @@ def test_the_stream_comes_piece_by_piece(numbers):
     steps = numbers.stream("spell: 4207")
     assert next(steps) == "four"
     assert next(steps) == " thousand"
-    with pytest.raises(ValueError, match="use generate"):
-        numbers.stream("spell: 1", num_beams=2)
+    assert list(numbers.stream("spell: 1", num_beams=2)) == ["one"]
+
+
+def test_the_stream_says_what_it_read_and_wrote(numbers):
+    stream = numbers.stream("spell: 7")
+    assert stream.prompt_text == ""
+    assert stream.tokens == []
+    assert stream.prompt_ids == [*numbers.tokenizer("spell: 7"), 1]
+    "".join(stream)
+    assert stream.tokens == [*numbers.tokenizer("seven"), 1]
 
 
 def test_text_in_text_out(numbers):
