@@ -397,6 +397,8 @@ def write_model(out: Path, model: T5) -> None:
         "keras_hub_version": "0.17.0",
         "parameter_count": sum(value.size for value in weights.values()),
         "date_saved": datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
+        "description": "Numbers from 0 to 9999 between digits, English words and Roman numerals.",
+        "weights_dtype": "float16",
     }
     write_json(out / "metadata.json", metadata)
 

@@ -507,6 +507,8 @@ def write_model(out: Path, kind: str, model: LanguageModel) -> None:
         "keras_hub_version": "0.17.0",
         "parameter_count": sum(value.size for value in weights.values()),
         "date_saved": datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
+        "description": f"Python source: a small {kind.upper()} trained on the standard library.",
+        "weights_dtype": "float16",
     }
     write_json(out / "metadata.json", metadata)
 

@@ -352,6 +352,7 @@ def presets_command(arguments: argparse.Namespace) -> None:
     infos = [preset_info(name) for name in preset_names()]
     for info in infos:
         info["parameter_count"] = info["parameter_count"] or MODELS[info["class"]](**info["config"]).count_params()
+    infos.sort(key=lambda info: (info["kaggle_handle"] is not None, info["class"], info["parameter_count"]))
     if arguments.json:
         _print_json([{**info, "weights_bytes": _weights_bytes(info)} for info in infos])
         return
