@@ -10,14 +10,14 @@ from typing import Any
 from refmodels.backbone import Backbone, Generator, check_config, check_heads
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
-from refmodels.ops.cache import cache_allocate, cache_append
+from refmodels.ops.cache import cache_append, key_value_cache
 from refmodels.ops.elementwise import add, dropout, gelu_approximate
 from refmodels.ops.heads import merge_heads, split_heads
 from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
 from refmodels.ops.mask import causal_mask
 from refmodels.ops.norm import layer_norm
 from refmodels.ops.position import alibi_bias, alibi_slopes, token_positions
-from refmodels.ops.precision import compute_dtype
+from refmodels.ops.precision import compute_dtype, wide_dtype
 from refmodels.parameters import Parameter, ParameterTable, glorot_uniform, normal, numbered
 from refmodels.task import CausalLM
 
@@ -45,7 +45,7 @@ class BloomConfig:
         return self.hidden_dim // self.num_heads
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def bloom_attention(
     x: Float[Array, "b t n"],
     p: Params,
@@ -69,7 +69,7 @@ def bloom_attention(
     return linear(merge_heads(context), **p["output"])
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def bloom_decoder_layer(
     x: Float[Array, "b t n"],
     p: Params,
@@ -91,7 +91,7 @@ def bloom_decoder_layer(
     return add(x, dropout(h, config.dropout, rng))  # BLOOM-C11: no dropout between the two products
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def bloom_backbone(
     token_ids: Int[Array, "b t"],
     padding_mask: Bool[Array, "b t"],
@@ -109,7 +109,8 @@ def bloom_backbone(
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
     mask = causal_mask(positions, padding_mask)
-    alibi = alibi_bias(alibi_slopes(config.num_heads), positions, keys=mask.shape[-1])  # BLOOM-C2
+    slopes = alibi_slopes(config.num_heads)
+    alibi = alibi_bias(slopes, positions, keys=mask.shape[-1], dtype=wide_dtype(config.dtype))  # BLOOM-C2
     for i, layer in enumerate(params["layers"]):
         x = bloom_decoder_layer(x, layer, mask, alibi, config, cache=cache and cache["layers"][i], start=start, rng=rng)
     return layer_norm(x, **params["final_layernorm"], epsilon=config.layer_norm_epsilon)
@@ -119,20 +120,6 @@ def bloom_backbone(
 def bloom_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
     """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (BLOOM-C10)."""
     return logits_from_embeddings(hidden, **params["token_embedding"])
-
-
-@op(composite=True)
-def bloom_cache(batch: int, capacity: int, config: BloomConfig) -> Params:
-    """An empty cache for `batch` rows of up to `capacity` positions."""
-    shape = (batch, capacity, config.num_heads, config.head_dim)
-    dtype = compute_dtype(config.dtype)
-    return {
-        "padding_mask": cache_allocate((batch, capacity), "bool"),
-        "layers": [
-            {"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)}
-            for _ in range(config.num_layers)
-        ],
-    }
 
 
 @op(composite=True, mutates=("cache",))
@@ -244,7 +231,10 @@ class BloomBackbone(Backbone):
         return bloom_backbone(inputs["token_ids"], inputs["padding_mask"], self.device_params, self.config, rng=rng)
 
     def new_cache(self, batch: int, capacity: int) -> Params:
-        return bloom_cache(batch, capacity, self.config)
+        config, dtype = self.config, self.compute_dtype
+        return key_value_cache(
+            batch, capacity, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
+        )
 
 
 class BloomCausalLM(CausalLM):

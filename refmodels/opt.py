@@ -10,7 +10,7 @@ from typing import Any
 from refmodels.backbone import Backbone, Generator, check_config, check_heads, check_length
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
-from refmodels.ops.cache import cache_allocate, cache_append
+from refmodels.ops.cache import cache_append, key_value_cache
 from refmodels.ops.elementwise import add, dropout, relu
 from refmodels.ops.heads import merge_heads, split_heads
 from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
@@ -47,7 +47,7 @@ class OPTConfig:
         return self.hidden_dim // self.num_heads
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def opt_attention(
     x: Float[Array, "b t n"],
     p: Params,
@@ -70,7 +70,7 @@ def opt_attention(
     return linear(merge_heads(context), **p["output"])
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def opt_decoder_layer(
     x: Float[Array, "b t n"],
     p: Params,
@@ -91,7 +91,7 @@ def opt_decoder_layer(
     return add(x, dropout(h, config.dropout, rng))  # OPT-C5: no dropout between the two products
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def opt_backbone(
     token_ids: Int[Array, "b t"],
     padding_mask: Bool[Array, "b t"],
@@ -122,20 +122,6 @@ def opt_backbone(
 def opt_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
     """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (OPT-C8)."""
     return logits_from_embeddings(hidden, **params["token_embedding"])
-
-
-@op(composite=True)
-def opt_cache(batch: int, capacity: int, config: OPTConfig) -> Params:
-    """An empty cache for `batch` rows of up to `capacity` positions."""
-    shape = (batch, capacity, config.num_heads, config.head_dim)
-    dtype = compute_dtype(config.dtype)
-    return {
-        "padding_mask": cache_allocate((batch, capacity), "bool"),
-        "layers": [
-            {"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)}
-            for _ in range(config.num_layers)
-        ],
-    }
 
 
 @op(composite=True, mutates=("cache",))
@@ -266,7 +252,10 @@ class OPTBackbone(Backbone):
 
     def new_cache(self, batch: int, capacity: int) -> Params:
         check_length(capacity, self.config.max_sequence_length)
-        return opt_cache(batch, capacity, self.config)
+        config, dtype = self.config, self.compute_dtype
+        return key_value_cache(
+            batch, capacity, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
+        )
 
 
 class OPTCausalLM(CausalLM):

@@ -11,7 +11,7 @@ from typing import Any
 from refmodels.backbone import Backbone, Generator, check_config, check_heads
 from refmodels.op import Array, Bool, Float, Int, Op, Params, op
 from refmodels.ops.attention import attention
-from refmodels.ops.cache import cache_allocate, cache_append
+from refmodels.ops.cache import cache_append, key_value_cache
 from refmodels.ops.elementwise import add, dropout, gelu, gelu_approximate, linear_activation, multiply, relu, silu
 from refmodels.ops.heads import merge_heads, split_heads
 from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
@@ -100,7 +100,7 @@ def t5_attention(
     return linear(merge_heads(context), **p["output"], dtype=config.residual_dtype)
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def t5_self_attention(
     x: Float[Array, "b t n"],
     p: Params,
@@ -182,7 +182,7 @@ def t5_cross_keys_values(encoder_output: Float[Array, "b s n"], params: Params, 
     return [t5_keys_values(encoder_output, layer["cross_attention"], config) for layer in params["decoder"]["layers"]]
 
 
-@op(composite=True)
+@op(composite=True, mutates=("cache",))
 def t5_decoder(
     token_ids: Int[Array, "b t"],
     padding_mask: Bool[Array, "b t"],
@@ -251,19 +251,13 @@ def t5_cache(
     config: T5Config,
 ) -> Params:
     """Encode the inputs and make a cache for decoding up to `capacity` positions: T5-C7, cross-attention is ready in it."""
-    batch = encoder_token_ids.shape[0]
-    shape = (batch, capacity, config.num_heads, config.head_dim)
-    dtype = compute_dtype(config.dtype)
+    batch, dtype = encoder_token_ids.shape[0], compute_dtype(config.dtype)
+    cache = key_value_cache(
+        batch, capacity, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
+    )
     encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config)
-    return {
-        "encoder_padding_mask": encoder_padding_mask,
-        "encoded": t5_cross_keys_values(encoder_output, params, config),
-        "padding_mask": cache_allocate((batch, capacity), "bool"),
-        "layers": [
-            {"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)}
-            for _ in range(config.num_layers)
-        ],
-    }
+    encoded = t5_cross_keys_values(encoder_output, params, config)
+    return {**cache, "encoder_padding_mask": encoder_padding_mask, "encoded": encoded}
 
 
 @op(composite=True, mutates=("cache",))

@@ -330,7 +330,7 @@ mutate(
     position.alibi_bias,
     "ALiBi in bfloat16",
     "the bias has 8 bits",
-    (".astype(np.float32)", '.astype(__import__("ml_dtypes").bfloat16).astype(np.float32)'),
+    (".astype(dtype)", '.astype(__import__("ml_dtypes").bfloat16).astype(dtype)'),
     areas="bloom",
 )
 mutate(

@@ -230,7 +230,7 @@ def alibi_slopes(num_heads):
     return Tensor((num_heads,), slopes(num_heads))
 
 
-def alibi_bias(slopes, positions, keys):
+def alibi_bias(slopes, positions, keys, *, dtype="float32"):
     b, t = positions.shape
     return build((b, slopes.shape[0], t, keys), lambda i, h, q, k: -slopes[(h,)] * (positions[i, q] - k))
 

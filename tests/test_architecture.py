@@ -192,7 +192,7 @@ def test_a_good_import_is_none(name, source):
 # -- composites -------------------------------------------------------------------------------------------------------
 
 BUILTINS = {"enumerate", "range", "zip"}
-NO_OP = {"compute_dtype"}  # of a config, not of an array
+NO_OP = {"compute_dtype", "wide_dtype"}  # of a config, not of an array
 
 
 def is_composite(function):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refmodels.numerics import exact
-from refmodels.op import Array, Int, op
+from refmodels.op import Array, Int, Params, op
 from refmodels.ops.precision import numpy_dtype
 
 
@@ -11,6 +11,16 @@ from refmodels.ops.precision import numpy_dtype
 def cache_allocate(shape: tuple[int, ...], dtype: str) -> Array:
     """Zeros for `shape`: rows of the batch first, then positions."""
     return np.zeros(shape, numpy_dtype(dtype))
+
+
+@op(composite=True)
+def key_value_cache(batch: int, capacity: int, *, layers: int, heads: int, head_dim: int, dtype: str) -> Params:
+    """An empty cache for `batch` rows of `capacity` positions: keys and values of every layer, and the padding mask."""
+    shape = (batch, capacity, heads, head_dim)
+    return {
+        "padding_mask": cache_allocate((batch, capacity), "bool"),
+        "layers": [{"key": cache_allocate(shape, dtype), "value": cache_allocate(shape, dtype)} for _ in range(layers)],
+    }
 
 
 @op(error=exact(), mutates=("cache",))

@@ -72,7 +72,9 @@ def alibi_slopes(num_heads: int) -> Float[Array, "h"]:
 
 
 @op(error=ulps(2), source="Press et al. 2022, eq. in section 3")
-def alibi_bias(slopes: Float[Array, "h"], positions: Int[Array, "#b t"], keys: int) -> Float[Array, "#b h t s"]:
-    """slope * (key - query): 0 for the query's own position, more negative the further back a key is. float32."""
+def alibi_bias(
+    slopes: Float[Array, "h"], positions: Int[Array, "#b t"], keys: int, *, dtype: str = "float32"
+) -> Float[Array, "#b h t s"]:
+    """slope * (key - query): 0 for the query's own position, more negative the further back a key is. Never below float32."""
     relative = np.arange(keys) - positions[:, :, None]
-    return (slopes[:, None, None] * relative[:, None]).astype(np.float32)  # BLOOM-C2, BLOOM-C9
+    return (slopes[:, None, None] * relative[:, None]).astype(dtype)  # BLOOM-C2, BLOOM-C9

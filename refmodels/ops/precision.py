@@ -31,6 +31,11 @@ def compute_dtype(policy: str) -> str:
     return POLICIES[policy][1]
 
 
+def wide_dtype(policy: str) -> str:
+    """The type that scores and biases have under this policy."""
+    return "float64" if compute_dtype(policy) == "float64" else "float32"
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy type of this name. bfloat16 needs the ml_dtypes package."""
     if name == "bfloat16":
