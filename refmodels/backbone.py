@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from refmodels.accelerator import Accelerator, find
-from refmodels.op import Array, Op, Params, executing
+from refmodels.op import Array, Op, Params, executing, executor_in_force
 from refmodels.ops.linear import embedding, linear, logits_from_embeddings
 from refmodels.ops.precision import POLICIES, compute_dtype, numpy_dtype, variable_dtype
 from refmodels.parameters import Parameter, count, draw
@@ -126,7 +126,7 @@ class Backbone(ABC):
         # Without a seed the weights are random, but the same for the life of this object.
         self.seed: int = secrets.randbits(63) if options["seed"] is None else int(options["seed"])
         self._params: Params | None = None
-        self._device_params: Params | None = None
+        self._loaded: tuple[Accelerator, Params] | None = None
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("config")
@@ -149,16 +149,17 @@ class Backbone(ABC):
 
     @params.setter
     def params(self, tree: Params) -> None:
-        self._params, self._device_params = tree, None
+        self._params, self._loaded = tree, None
 
     @property
     def device_params(self) -> Params:
-        """The tree as the accelerator wants it; without one, `params` itself."""
-        if self.accelerator is None:
+        """The tree as the accelerator in force wants it; without one, `params` itself."""
+        accelerator = self._in_force()
+        if accelerator is None:
             return self.params
-        if self._device_params is None:
-            self._device_params = self.accelerator.load(self.params)
-        return self._device_params
+        if self._loaded is None or self._loaded[0] is not accelerator:
+            self._loaded = accelerator, accelerator.load(self.params)
+        return self._loaded[1]
 
     @property
     def variable_dtype(self) -> str:
@@ -236,14 +237,21 @@ class Backbone(ABC):
                 yield
 
     def on_device(self, array: Array) -> Any:
-        """A NumPy array as the accelerator's kind."""
-        return array if self.accelerator is None else self.accelerator.asarray(array)
+        """A NumPy array as the kind of the accelerator in force."""
+        accelerator = self._in_force()
+        return array if accelerator is None else accelerator.asarray(array)
 
     def on_host(self, outputs: Any) -> Any:
-        """An array of the accelerator's kind, or a dictionary of them, as NumPy's."""
+        """An array of the kind of the accelerator in force, or a dictionary of them, as NumPy's."""
         if isinstance(outputs, dict):
             return {name: self.on_host(value) for name, value in outputs.items()}
-        return outputs if self.accelerator is None else self.accelerator.asnumpy(outputs)
+        accelerator = self._in_force()
+        return outputs if accelerator is None else accelerator.asnumpy(outputs)
+
+    def _in_force(self) -> Accelerator | None:
+        """This model's accelerator; for a model without one that of the surrounding `use(...)`."""
+        surrounding = executor_in_force()
+        return self.accelerator or (surrounding if isinstance(surrounding, Accelerator) else None)
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         if not isinstance(inputs, Mapping):

@@ -122,10 +122,6 @@ def judge(op: Judged, args: tuple[Any, ...], kwargs: dict[str, Any], got: Any) -
     """
     wanted = op.reference(*_copied(args), **_copied(kwargs))
     truth = op.reference(*widened(_copied(args)), **widened(_copied(kwargs)))
-    return _judge_part(op, args, kwargs, got, wanted, truth)
-
-
-def _judge_part(op: Judged, args: Any, kwargs: Any, got: Any, wanted: Any, truth: Any) -> Verdict:
     return _judge_tree(op, args, kwargs, got, wanted, truth)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "Shape",
     "ShapeError",
     "executing",
+    "executor_in_force",
     "op",
     "watching",
 ]
@@ -182,6 +183,11 @@ def op(
     return decorate
 
 
+def executor_in_force() -> Executor | None:
+    """What `executing` has set; None is the reference."""
+    return _executor.get()
+
+
 @contextmanager
 def executing(executor: Executor | None) -> Iterator[None]:
     """Run every op inside the block through `executor`; None is the reference."""
@@ -230,6 +236,8 @@ def _check_lines(op_name: str, name: str, shape: Shape, sizes: dict[str, str]) -
         f"if len(s) {'<' if variadic else '!='} {rank}: "
         f"fail({label!r}, f'has {{len(s)}} axes {{s}}, wanted {rank}{' or more' if variadic else ''}')",
     ]
+    if shape.kind == "float":
+        lines.append(f"if {name}.dtype.kind in 'iub': fail({label!r}, f'wants floating-point numbers, got {{{name}.dtype}}')")
     if shape.kind == "int":
         lines.append(f"if {name}.dtype.kind not in 'iu': fail({label!r}, f'wants integers, got {{{name}.dtype}}')")
     if shape.kind == "bool":

@@ -132,6 +132,21 @@ def test_generate(name, sampling):
 # -- the loopback itself ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_an_accelerator_uses_the_surrounding_one(name):
+    """It loads its parameters there and converts what goes in and out, and forgets nothing when the block ends."""
+    cls, arguments = MODELS[name]
+    model = cls(**arguments)
+    wanted = model(inputs(name))
+    loopback = Loopback()
+    with use(loopback):
+        assert_same_bits(model(inputs(name)), wanted)
+        assert model.device_params is model.device_params
+        generated = TASKS[name](model).generate(inputs(name), stop_token_ids=None, max_new_tokens=3)
+    assert_same_bits(model(inputs(name)), wanted)
+    assert_same_bits(TASKS[name](model).generate(inputs(name), stop_token_ids=None, max_new_tokens=3), generated)
+
+
 @pytest.mark.parametrize(
     "touch",
     [

@@ -557,3 +557,9 @@ def test_executing_takes_anything_that_runs():
         add(ONE, TWO)
         relu(ONE)
     assert counting.calls == 2
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+def test_a_float_argument_takes_no_integers(dtype):
+    with pytest.raises(ShapeError, match=rf"relu: x\[\*b n\]: wants floating-point numbers, got {dtype}"):
+        relu(np.ones((2, 3), dtype))
