@@ -149,7 +149,8 @@ def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, 
     condition, terms = None, 1
     if op.error.kind == "multilinear":
         terms = _terms(op, args, kwargs)
-        condition = np.asarray(op.reference(*_absolute(widened(args)), **_absolute(widened(kwargs))))
+        tiny = float(np.finfo(np.float64 if wanted.dtype == np.float64 else np.float32).tiny)
+        condition = np.asarray(op.reference(*_lifted(widened(args), tiny), **_lifted(widened(kwargs), tiny)))
     return compare(got, truth, op.error, wanted=wanted, condition=condition, terms=terms, name=op.name)
 
 
@@ -227,13 +228,14 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _absolute(value: Any) -> Any:
+def _lifted(value: Any, tiny: float) -> Any:
+    """Absolute values, and `tiny` more: an input or a product below the smallest normal number loses up to u * tiny."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return np.abs(value)
+        return np.abs(value) + tiny
     if isinstance(value, dict):
-        return {key: _absolute(child) for key, child in value.items()}
+        return {key: _lifted(child, tiny) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_absolute(child) for child in value)
+        return type(value)(_lifted(child, tiny) for child in value)
     return value
 
 

@@ -486,7 +486,7 @@ mutate(
     linear.logits_from_embeddings,
     "tied head not scaled",
     "T5's n**-0.5 left out",
-    ("rows * scale", "rows"),
+    ("wide(embeddings).T * scale", "wide(embeddings).T"),
     areas="t5_tied",
 )
 mutate(
@@ -949,9 +949,9 @@ reorder(
 )
 reorder(
     linear.logits_from_embeddings,
-    "scale behind the product",
+    "scale before the product",
     "scale * (x . table)",
-    ("(rows * scale) @ wide(embeddings).T", "(rows @ wide(embeddings).T) * scale"),
+    ("rows @ wide(embeddings).T * scale", "(rows * scale) @ wide(embeddings).T"),
     areas="t5_tied",
 )
 reorder(

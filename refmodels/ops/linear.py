@@ -37,9 +37,9 @@ def embedding(
 def logits_from_embeddings(
     x: Float[Array, "*b n"], embeddings: Float[Array, "v n"], *, scale: float = 1.0
 ) -> Float[Array, "*b v"]:
-    """A tied head: (scale * x) @ transposed table, one score for each entry of the vocabulary."""
+    """A tied head: scale * (x @ transposed table), one score for each entry of the vocabulary."""
     rows = wide(x).reshape(math.prod(x.shape[:-1]), embeddings.shape[1])
-    y = (rows * scale) @ wide(embeddings).T
+    y = rows @ wide(embeddings).T * scale
     return narrow(y.reshape(*x.shape[:-1], embeddings.shape[0]), x.dtype)
 
 
