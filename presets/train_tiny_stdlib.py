@@ -57,6 +57,7 @@ START_TOKEN = {"opt": "</s>", "bloom": "<s>"}
 END_TOKEN = "</s>"
 BLOOM_PATTERN = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 
+STEPS = {"opt": 2800, "bloom": 3200}
 SIZES = {"vocabulary_size": VOCABULARY_SIZE, "num_layers": 4}
 CONFIGS = {
     "opt": {
@@ -227,9 +228,7 @@ class LanguageModel(nn.Module):
     def initial_weights(self) -> dict[str, Tensor]:
         dim, ff, split = self.dim, self.config["intermediate_dim"], (self.heads, self.head_size)
         output_std = (2 * self.layers) ** -0.5
-        weights = {
-            self.token_embedding + "/vars/0": torch.randn(self.config["vocabulary_size"], dim) * self.embedding_std
-        }
+        weights = {self.token_embedding + "/vars/0": torch.randn(self.config["vocabulary_size"], dim) * self.embedding_std}
         weights |= self.extra_weights() | self.norm_weights(self.final_norm)
         for index in range(self.layers):
             path = numbered(self.layer, index)
@@ -531,20 +530,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure a tiny language model of Python source.")
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("--out", type=Path, required=True, help="preset directory to write (or to measure)")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--blocks", type=int, default=4, help=f"training blocks of {BLOCK} tokens per step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", action="store_true", help="do not train, measure the files in --out")
-    parser.add_argument("--prompt", default="def read_lines(path):\n", help="start of the text to continue")
+    parser.add_argument("--prompt", default='def read_lines(path):\n    """', help="start of the text to continue")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     kind, out = arguments.kind, arguments.out
+    steps = arguments.steps or STEPS[kind]
     if not arguments.measure:
         texts = training_texts()
         write_tokenizer(out, kind, *train_bpe(kind, texts))
-        write_model(out, kind, train(kind, out, texts, arguments.steps, arguments.blocks, arguments.rate))
+        write_model(out, kind, train(kind, out, texts, steps, arguments.blocks, arguments.rate))
     results = measure(kind, out, arguments.prompt)
     if not arguments.measure:
         write_json(out / "held_out.json", {**results["held_out"], "bits_per_byte": round(results["bits_per_byte"], 3)})

@@ -4,8 +4,8 @@
     with use(numba): layer_norm(x, gamma, beta)
 
 A plug-in makes one `Accelerator`, registers kernels against op objects and names it in the entry-point group
-`refmodels.accelerators`. An op without a kernel runs its reference: a composite's readable body, whose inner ops dispatch again,
-or a primitive's NumPy, for which foreign arrays cross to the host and back; every crossing is counted.
+`refmodels.accelerators`. An op without a kernel runs its reference: a composite's readable body, whose inner ops dispatch
+again, or a primitive's NumPy, for which foreign arrays cross to the host and back; every crossing is counted.
 """
 
 import inspect

@@ -259,7 +259,9 @@ class Backbone(ABC):
         known = {name for token, others in self.inputs.items() for name in (token, *others)}
         for name in inputs:
             if name not in known:
-                warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(sorted(known))}", stacklevel=3)
+                warnings.warn(
+                    f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(sorted(known))}", stacklevel=3
+                )
         arrays: dict[str, Array] = {}
         for token, (mask, *others) in self.inputs.items():
             arrays[token], arrays[mask] = self.check_pair(inputs, token, mask)

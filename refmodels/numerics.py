@@ -164,8 +164,11 @@ def compare(
     terms: int = 1,
     name: str = "result",
 ) -> Verdict:
-    """Judge an array against the float64 truth. `wanted` is the reference's own result in `got`'s type (calibrated), `condition`
-    the op on absolute values and `terms` the length of its sums (multilinear)."""
+    """Judge an array against the float64 truth.
+
+    `wanted` is the reference's own result in `got`'s type (calibrated), `condition` the op on absolute values and `terms` the
+    length of its sums (multilinear).
+    """
     if error_model.kind == "exact":
         return _equal(got, truth.astype(got.dtype) if wanted is None else wanted, name)
     dtype = got.dtype.name

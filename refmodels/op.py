@@ -7,7 +7,8 @@ an accelerator or an observer does to the primitives reaches every layer and eve
 The contract is the signature. `Float[Array, "*b n"]` says that an argument is a floating-point array whose last axis has size
 n, with any leading axes; a letter that occurs twice must have one size. From it come the shape check, the page
 `spec/ops.md` and the sizes that an error model needs. The letters are the same everywhere: `b` batch, `t` queries, `s` keys,
-`h` heads, `d` head size, `n` hidden, `m` intermediate, `v` vocabulary, `r` buckets, `*b` any leading axes, `#b` either 1 or b (and `*#b` likewise, axis by axis).
+`h` heads, `d` head size, `n` hidden, `m` intermediate, `v` vocabulary, `r` buckets, `*b` any leading axes, `#b` either 1 or b
+(and `*#b` likewise, axis by axis).
 """
 
 import inspect
@@ -174,9 +175,7 @@ def op(
     def decorate(reference: Callable[P, R]) -> Op[P, R]:
         if reference.__name__ in OPS:
             raise ValueError(f"op {reference.__name__!r} is defined twice")
-        entry = Op(
-            reference, error=error or calibrated(), composite=composite, laws=laws, mutates=mutates, source=source
-        )
+        entry = Op(reference, error=error or calibrated(), composite=composite, laws=laws, mutates=mutates, source=source)
         OPS[entry.name] = entry
         return entry
 
@@ -258,8 +257,7 @@ def _check_lines(op_name: str, name: str, shape: Shape, sizes: dict[str, str]) -
             elif dim.startswith("*#"):
                 differs = f"{differs} and not broadcasts({value}, {variable})"
             lines.append(
-                f"if {differs}: fail({label!r}, "
-                f"f'{letter} = {{{value}}}, but {sizes[variable]} has {letter} = {{{variable}}}')"
+                f"if {differs}: fail({label!r}, f'{letter} = {{{value}}}, but {sizes[variable]} has {letter} = {{{variable}}}')"
             )
     if shape.optional:
         return [f"if {name} is not None:", *(f"    {line}" for line in lines)]

@@ -187,12 +187,8 @@ def opt_parameters(config: OPTConfig) -> list[Parameter]:
             hf_part = f"{hf}.self_attn.{part[0]}_proj"
             # OPT-C11: the columns go head by head.
             table.dense(f"{path}.self_attention.{part}", n, heads, f"{attention}/{part}_dense", hf_part, std)
-        table.dense(
-            f"{path}.self_attention.output", heads, n, f"{attention}/output_dense", f"{hf}.self_attn.out_proj", std
-        )
-        table.layer_norm(
-            f"{path}.feedforward_layer_norm", *n, f"{keras}/_feedforward_layer_norm", f"{hf}.final_layer_norm"
-        )
+        table.dense(f"{path}.self_attention.output", heads, n, f"{attention}/output_dense", f"{hf}.self_attn.out_proj", std)
+        table.layer_norm(f"{path}.feedforward_layer_norm", *n, f"{keras}/_feedforward_layer_norm", f"{hf}.final_layer_norm")
         for part, rows, columns, hf_part in (("intermediate", n, m, "fc1"), ("output", m, n, "fc2")):
             name = f"feedforward_{part}_dense"
             table.dense(f"{path}.{name}", rows, columns, f"{keras}/_{name}", f"{hf}.{hf_part}", std)

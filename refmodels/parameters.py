@@ -121,7 +121,7 @@ class ParameterTable(list[Parameter]):
         bias: bool = True,
         layout: str = "",
     ) -> None:
-        """Kernel and bias of a dense layer. `rows` and `columns` are the shapes in the KerasHub file: several axes for heads."""
+        """Kernel and bias of a dense layer; `rows` and `columns` are the axes in the KerasHub file, more than one for heads."""
         shape = (math.prod(rows), math.prod(columns))
         self.add(
             f"{path}.kernel",

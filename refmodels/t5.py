@@ -227,9 +227,7 @@ def t5_backbone(
     """Both stacks on whole sequences. T5-C15: the decoder's ids are used as given, the caller shifts them right."""
     encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config, rng=rng)
     encoded = t5_cross_keys_values(encoder_output, params, config)
-    decoder_output = t5_decoder(
-        decoder_token_ids, decoder_padding_mask, encoded, encoder_padding_mask, params, config, rng=rng
-    )
+    decoder_output = t5_decoder(decoder_token_ids, decoder_padding_mask, encoded, encoder_padding_mask, params, config, rng=rng)
     return {"encoder_sequence_output": encoder_output, "decoder_sequence_output": decoder_output}
 
 

@@ -238,9 +238,7 @@ class CausalLM(Task):
         width = ids.shape[1] if max_new_tokens is None else ids.shape[1] + max_new_tokens
         return self._bounded(prompts, width if max_length is None else max_length, max_length, max_new_tokens)
 
-    def _bounded(
-        self, prompts: list[list[int]], length: int, asked: int | None, max_new_tokens: int | None
-    ) -> Batch:
+    def _bounded(self, prompts: list[list[int]], length: int, asked: int | None, max_new_tokens: int | None) -> Batch:
         """Limits within the model's table of positions; asking for more than it has is an error, not having asked is not."""
         positions = getattr(self.backbone.config, "max_sequence_length", None)
         if positions is not None and asked is not None and asked > positions:

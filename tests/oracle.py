@@ -138,9 +138,7 @@ def embedding(ids, embeddings, *, dtype=None):
 
 def logits_from_embeddings(x, embeddings, *, scale=1.0):
     v, n = embeddings.shape
-    return build(
-        (*x.shape[:-1], v), lambda *i: scale * math.fsum(x[(*i[:-1], j)] * embeddings[i[-1], j] for j in range(n))
-    )
+    return build((*x.shape[:-1], v), lambda *i: scale * math.fsum(x[(*i[:-1], j)] * embeddings[i[-1], j] for j in range(n)))
 
 
 def last_rows(x, lengths=None):

@@ -111,9 +111,10 @@ def test_options_are_those_of_the_library(run, preset, options, arguments):
 
 
 def test_without_a_length_the_model_bounds_it(run, preset):
-    assert run("generate", "TINY", PROMPT, "--stop-token-ids", "none")[1] == expected(
-        preset, max_new_tokens=None, stop_token_ids=None
-    ) + "\n"
+    assert (
+        run("generate", "TINY", PROMPT, "--stop-token-ids", "none")[1]
+        == expected(preset, max_new_tokens=None, stop_token_ids=None) + "\n"
+    )
     full = run("generate", "TINY", PROMPT, "--stop-token-ids", "none", "--json")[1]
     assert json.loads(full)["prompt_tokens"] + json.loads(full)["new_tokens"] == 64
 

@@ -63,7 +63,7 @@ def run(model, inputs):
 
 
 def hidden_states(name, first, layers, last):
-    """Transformers' numbering: 0 goes into the first layer, i comes out of layer i, the last has been through the final norm."""
+    """Transformers' numbering: 0 goes into the first layer, i comes out of layer i, the last has been through the norm."""
     return {f"{name}.{i}": state for i, state in enumerate([first, *layers[:-1], last])}
 
 

@@ -1,7 +1,7 @@
 """The README's examples run, and give what it shows.
 
-Python blocks are doctests. In `console` blocks each `$ refmodels ...` must print the lines below it; in a block marked `timings`
-the figures may differ. `pip install` is left to `.ci/run`, which does it on a clean machine.
+Python blocks are doctests. In `console` blocks each `$ refmodels ...` must print the lines below it; in a block marked
+`timings` the figures may differ. `pip install` is left to `.ci/run`, which does it on a clean machine.
 """
 
 import doctest
@@ -47,7 +47,9 @@ EXAMPLES = list(commands(README))
 
 @pytest.mark.parametrize(("command", "shown", "timings"), EXAMPLES, ids=[command for command, *_ in EXAMPLES])
 def test_command(command, shown, timings, tmp_path):
-    assert shutil.which("refmodels", path=str(Path(sys.executable).parent)), "install the project first: pip install -e '.[test]'"
+    assert shutil.which("refmodels", path=str(Path(sys.executable).parent)), (
+        "install the project first: pip install -e '.[test]'"
+    )
     found = printed(command, tmp_path)
     assert (figures_aside(found) == figures_aside(shown)) if timings else (found == shown)
 

@@ -15,10 +15,42 @@ from refmodels import BloomCausalLM, OPTCausalLM, T5Seq2SeqLM
 from refmodels.ops.sampling import log_softmax
 from refmodels.presets import data_directory
 
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+]
 ONES += ["seventeen", "eighteen", "nineteen"]
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ROMAN = {1000: "M", 900: "CM", 500: "D", 400: "CD", 100: "C", 90: "XC", 50: "L", 40: "XL", 10: "X", 9: "IX", 5: "V", 4: "IV", 1: "I"}
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+ROMAN = {
+    1000: "M",
+    900: "CM",
+    500: "D",
+    400: "CD",
+    100: "C",
+    90: "XC",
+    50: "L",
+    40: "XL",
+    10: "X",
+    9: "IX",
+    5: "V",
+    4: "IV",
+    1: "I",
+}
 
 
 def spelled(n):
@@ -75,11 +107,13 @@ def test_small_numbers(numbers, task):
 
 
 def test_the_training_script_keeps_the_held_out_numbers_out():
-    """The functions of the script that choose its pairs, run without torch, give none of the numbers that are shipped as held out."""
+    """The functions of the script that choose its pairs, run without torch, give none of the held-out numbers."""
     script = ast.parse((Path(__file__).parents[1] / "presets" / "train_t5_tiny_numbers.py").read_text())
     wanted = {"SEED", "TASKS", "UNITS", "TEENS", "TENS", "ROMAN"}
     wanted |= {"spell", "roman", "pair", "pairs", "held_out_numbers", "training_numbers"}
-    names = {node: node.targets[0].id for node in script.body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")}
+    names = {
+        node: node.targets[0].id for node in script.body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
+    }
     names |= {node: node.name for node in script.body if isinstance(node, ast.FunctionDef)}
     script.body = [node for node in script.body if names.get(node) in wanted]
     scope: dict = {"random": random}

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-
 import sentencepiece
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from refmodels import files
 from refmodels.tokenizer_files import load_tokenizer
@@ -33,9 +31,7 @@ def keras_hub_preset(directory: Path, family: str, **config: object) -> Path:
     """A preset directory with KerasHub's names, made from the Hugging Face files."""
     assets = directory / "assets" / "tokenizer"
     assets.mkdir(parents=True)
-    names = (
-        {"spiece.model": "vocabulary.spm"} if family == "t5" else {"vocab.json": "vocabulary.json", "merges.txt": ""}
-    )
+    names = {"spiece.model": "vocabulary.spm"} if family == "t5" else {"vocab.json": "vocabulary.json", "merges.txt": ""}
     for source, name in names.items():
         shutil.copyfile(DATA / family / source, assets / (name or source))
     dtype = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "int32"}, "registered_name": None}
@@ -67,9 +63,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Toke
             kinds["hugging_face"] = load_tokenizer(hugging_face(root / "hf_t5", family))
         else:
             kinds["hugging_face"] = load_tokenizer(hugging_face(root / f"hf_{family}", family, "tokenizer.json"))
-            kinds["vocab_merges"] = load_tokenizer(
-                hugging_face(root / f"vm_{family}", family, "vocab.json", "merges.txt")
-            )
+            kinds["vocab_merges"] = load_tokenizer(hugging_face(root / f"vm_{family}", family, "vocab.json", "merges.txt"))
         kinds["hugging_face"].save(root / f"saved_{family}")
         kinds["saved"] = load_tokenizer(root / f"saved_{family}")
         result[family] = kinds
@@ -164,7 +158,8 @@ def test_calls_and_lookups(loaded: dict) -> None:
         assert [tokenizer.token_to_id(t) for t in tokenizer.get_vocabulary()] == list(range(700))
         assert tokenizer.id_to_token(tokenizer.end_token_id) == "</s>"
         config = tokenizer.get_config()
-        assert config["name"] == f"{family}_tokenizer" and config["sequence_length"] is None
+        assert config["name"] == f"{family}_tokenizer"
+        assert config["sequence_length"] is None
         for bad in ([-1], [1.0], ["a"], [True], [[1], 2.5], np.array([1.5])):
             with pytest.raises(ValueError, match="must be an integer"):
                 tokenizer.detokenize(bad)
@@ -226,7 +221,8 @@ def test_t5_extra_ids(tmp_path: Path) -> None:
     (directory / "tokenizer_config.json").write_text('{"extra_ids": 100}')
     tokenizer = load_tokenizer(directory)
     assert isinstance(tokenizer, T5Tokenizer)
-    assert tokenizer.token_to_id("<extra_id_0>") == 799 and tokenizer.id_to_token(700) == "<extra_id_99>"
+    assert tokenizer.token_to_id("<extra_id_0>") == 799
+    assert tokenizer.id_to_token(700) == "<extra_id_99>"
     plain = T5Tokenizer(proto)
     ids = tokenizer("The <extra_id_0> fox <extra_id_10>.<extra_id_100>")
     assert ids == [*plain("The"), 799, *plain("fox"), 789, *plain(".<extra_id_100>")]
@@ -254,7 +250,8 @@ def test_older_envelopes(tmp_path: Path) -> None:
         data |= {"registered_name": f"keras_nlp>{cls.__name__}", "assets": ["assets/tokenizer/x"], "weights": None}
         (root / "tokenizer.json").write_text(json.dumps(data))
         tokenizer = load_tokenizer(root)
-        assert tokenizer.name == "x" and tokenizer("Hello world") == CASES[family][0]["ids"]
+        assert tokenizer.name == "x"
+        assert tokenizer("Hello world") == CASES[family][0]["ids"]
 
 
 # Streaming
@@ -304,9 +301,7 @@ def test_stream_is_detokenize(streamers: list[Tokenizer], data: st.DataObject, s
 
 
 @quick
-@given(
-    st.lists(st.sampled_from(["a", "é", "日", "🎉", "👍🏽", " ", "\n", "�", "The", "hello"]), max_size=8).map("".join)
-)
+@given(st.lists(st.sampled_from(["a", "é", "日", "🎉", "👍🏽", " ", "\n", "�", "The", "hello"]), max_size=8).map("".join))
 def test_stream_never_shows_half_a_character(streamers: list[Tokenizer], text: str) -> None:
     for tokenizer in streamers:
         ids, shown = tokenizer(text), ""
@@ -336,7 +331,8 @@ def test_stream_holds_back_and_cost_does_not_grow(loaded: dict, monkeypatch: pyt
     assert stream(opt, [*opt("日")[:2], *opt("a")]) == ["", "", "�a", ""]
     decoder = t5.stream_decoder()
     assert [decoder.push(i) for i in t5("The The")] == ["The", " The"]
-    assert decoder.finish() == "" and decoder.push(t5("The")[0]) == "The"  # finish begins a new text
+    assert decoder.finish() == ""
+    assert decoder.push(t5("The")[0]) == "The"
     with pytest.raises(ValueError, match="must be an integer"):
         decoder.push(-1)
     longest = []
@@ -349,9 +345,7 @@ def test_stream_holds_back_and_cost_does_not_grow(loaded: dict, monkeypatch: pyt
 # Any text
 
 
-words = st.sampled_from(
-    [" ", "\n", "\t", "'t", "_f", "0x", " else:", ".", "(", "），", "。", "…", "|", "The", "qu", "9", "é"]
-)
+words = st.sampled_from([" ", "\n", "\t", "'t", "_f", "0x", " else:", ".", "(", "），", "。", "…", "|", "The", "qu", "9", "é"])
 
 
 @quick

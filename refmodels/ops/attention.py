@@ -22,12 +22,10 @@ def attention_scores(
 
 
 @op(laws=("shift invariant",))
-def masked_softmax(
-    scores: Float[Array, "b h t s"], mask: Bool[Array, "#b 1 #t s"]
-) -> Float[Array, "b h t s"]:
+def masked_softmax(scores: Float[Array, "b h t s"], mask: Bool[Array, "#b 1 #t s"]) -> Float[Array, "b h t s"]:
     """exp(score) / sum of exp(score) over the permitted keys, in float32 or wider; 0 for the others.
 
-    Masking is by exclusion. A row that permits no key gives every key the same weight: that is what adding -1e9 does in float32.
+    Masking is by exclusion. A row that permits no key gives every key the same weight: so does adding -1e9 in float32.
     """
     some = mask.any(-1, keepdims=True)  # T5-C10, OPT-C7, BLOOM-C7
     permitted = np.where(some, np.where(mask, wide(scores), -np.inf), 0.0)

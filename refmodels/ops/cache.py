@@ -25,9 +25,10 @@ def key_value_cache(batch: int, capacity: int, *, layers: int, heads: int, head_
 
 @op(error=exact(), mutates=("cache",))
 def cache_append(cache: Array, new: Array, start: Int[Array, "b"] | None = None) -> Array:
-    """Write row i of `new` at the positions start[i], start[i] + 1, ... of row i, and give the cache up to the last one written.
+    """Write row i of `new` at the positions start[i], start[i] + 1, ... of row i; gives the cache up to the last one written.
 
-    Both have shape [b, positions, ...]; without `start` every row begins at 0. What a shorter row holds behind its own end is for the mask to exclude.
+    Both have shape [b, positions, ...]; without `start` every row begins at 0. What a shorter row holds behind its own end is
+    for the mask to exclude.
     """
     length = new.shape[1]
     if start is None:

@@ -67,9 +67,7 @@ def linear_activation(x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
 
 
 @op(error=ulps(2), laws=("elementwise",), source="Srivastava et al. 2014; scaled while training, as every original does")
-def dropout(
-    x: Float[Array, "*b n"], rate: float = 0.0, rng: np.random.Generator | None = None
-) -> Float[Array, "*b n"]:
+def dropout(x: Float[Array, "*b n"], rate: float = 0.0, rng: np.random.Generator | None = None) -> Float[Array, "*b n"]:
     """Set each value to zero with probability `rate` and divide the others by 1 - rate. Without a generator: x."""
     if rng is None or rate == 0.0:
         return x[...]

@@ -26,9 +26,7 @@ def linear(
 
 
 @op(error=exact(), laws=("rowwise",))
-def embedding(
-    ids: Int[Array, "*b"], embeddings: Float[Array, "v n"], *, dtype: str | None = None
-) -> Float[Array, "*b n"]:
+def embedding(ids: Int[Array, "*b"], embeddings: Float[Array, "v n"], *, dtype: str | None = None) -> Float[Array, "*b n"]:
     """Row ids[...] of the table, in the table's type or, if given, `dtype`. Ids count from 0 and are below v."""
     return narrow(embeddings[ids], numpy_dtype(dtype) if dtype else embeddings.dtype)
 

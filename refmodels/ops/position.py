@@ -22,7 +22,7 @@ def _first_distances(buckets: int, max_distance: int) -> list[int]:
     """The smallest distance of every bucket. Half of them hold one distance each; the rest grow by a constant ratio.
 
     The original puts distance d >= e (e exact buckets of n in all) into bucket e + floor(log(d/e) / log(max/e) * (n - e)), so
-    bucket e + i begins at the smallest integer d with (d/e)**(n-e) >= (max/e)**i: integers alone decide, no logarithm is rounded.
+    bucket e + i begins at the smallest integer d with (d/e)**(n-e) >= (max/e)**i: integers alone decide, nothing is rounded.
     """
     exact_buckets = buckets // 2
     logarithmic = buckets - exact_buckets
@@ -52,9 +52,7 @@ def relative_position_buckets(
 
 
 @op(error=exact(), source="Raffel et al. 2020, section 2.1")
-def relative_position_bias(
-    buckets: Int[Array, "#b t s"], embeddings: Float[Array, "r h"]
-) -> Float[Array, "#b h t s"]:
+def relative_position_bias(buckets: Int[Array, "#b t s"], embeddings: Float[Array, "r h"]) -> Float[Array, "#b h t s"]:
     """Look the buckets up: one learned number for each head and bucket, added to the scores. float32 or wider."""
     return np.moveaxis(wide(embeddings)[buckets], -1, 1)
 
