@@ -25,7 +25,8 @@ from refmodels.t5 import T5Seq2SeqLM
 from refmodels.task import Task
 from refmodels.tokenizer_files import load_tokenizer
 from refmodels.tokenizers import Tokenizer
-from refmodels.weights import huggingface, keras_h5, safetensors
+from refmodels.weights import huggingface, keras_h5, safetensors, torch_bin
+from refmodels.weights.shards import INDEX_SUFFIX
 from refmodels.weights.tensor import Tensor
 
 B = TypeVar("B", bound=Backbone)
@@ -56,8 +57,7 @@ _OF_FAMILY = {
     "bloom": {"layer_norm_epsilon": "fraction"},
 }
 _HANDLES = (
-    "a name that `refmodels presets` lists, a local directory, "
-    "kaggle://org/model/keras/variant[/version] or hf://org/name"
+    "a name that `refmodels presets` lists, a local directory, kaggle://org/model/keras/variant[/version] or hf://org/name"
 )
 
 
@@ -262,7 +262,7 @@ def _load_keras(
     model = _model(cls, _keras_class_name(config, source), source)
     backbone = _construct(model, _keras_arguments(config.get("config"), model.family, source), kwargs, source)
     if load_weights:
-        name = _weight_file(directory, ["model.weights.h5"], ["model.weights.json"])
+        name = _weight_file(directory, "model.weights.h5", "model.weights.json")
         with keras_h5.open_tensors(directory, name) as tensors:
             if any(tensor.startswith("lora/") for tensor in tensors):
                 raise ValueError(f"{directory / name}: LoRA adapters are not supported, load the base model")
@@ -286,9 +286,9 @@ def _load_huggingface(
     model = _model(cls, huggingface.CLASSES[config["model_type"]], source)
     backbone = _construct(model, arguments, kwargs, source)
     if load_weights:
-        index = f"model.safetensors{safetensors.INDEX_SUFFIX}"
-        name = _weight_file(directory, ["model.safetensors", index], ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-        with safetensors.open_tensors(directory, name) as tensors:
+        forms = {"model.safetensors": safetensors, "pytorch_model.bin": torch_bin}
+        name = _weight_file(directory, *(form + end for form in forms for end in ("", INDEX_SUFFIX)))
+        with forms[name.removesuffix(INDEX_SUFFIX)].open_tensors(directory, name) as tensors:
             huggingface.check_head(tensors, model.family, arguments, str(directory / name))
             start = huggingface.prefix(tensors, model.family)
             backbone.params = _assemble(
@@ -303,14 +303,12 @@ def _load_huggingface(
     return backbone
 
 
-def _weight_file(directory: Path, readable: list[str], unsupported: list[str]) -> str:
-    for name in readable:
+def _weight_file(directory: Path, *names: str) -> str:
+    """The first of these names that is there."""
+    for name in names:
         if (directory / name).exists():
             return name
-    for name in unsupported:
-        if (directory / name).exists():
-            raise ValueError(f"{directory / name}: weights in this form are not supported, wanted {' or '.join(readable)}")
-    raise FileNotFoundError(f"{directory}: no weight file, wanted {' or '.join(readable)}")
+    raise FileNotFoundError(f"{directory}: no weight file, wanted {' or '.join(names)}")
 
 
 def _keras_class_name(config: Mapping[str, Any], source: str) -> str:

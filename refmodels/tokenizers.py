@@ -18,6 +18,9 @@ import numpy as np
 
 from refmodels.files import parse_json, read_bytes
 
+MAX_SEQUENCE_LENGTH = 10_000_000
+"""Every result is padded to the sequence length: a larger one is a corrupt file."""
+
 # sentencepiece replaces every byte of an incomplete character by its own U+FFFD, Python's "replace" all by one.
 codecs.register_error("refmodels.bytewise", lambda e: ("\ufffd" * (e.end - e.start), e.end))  # type: ignore[attr-defined]
 
@@ -42,8 +45,9 @@ class Tokenizer:
         if unknown:
             known = quoted(argument_names(type(self)))
             raise TypeError(f"{type(self).__name__} has no argument {quoted(unknown)}; it takes {known}")
-        if sequence_length is not None and (not _is_int(sequence_length) or sequence_length < 1):
-            raise ValueError(f"sequence_length must be None or a positive integer, not {sequence_length!r}")
+        if sequence_length is not None and not (_is_int(sequence_length) and 1 <= sequence_length <= MAX_SEQUENCE_LENGTH):
+            wanted = f"None or a positive integer up to {MAX_SEQUENCE_LENGTH}"
+            raise ValueError(f"sequence_length must be {wanted}, not {sequence_length!r:.80}")
         if dtype not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
             raise ValueError(f'dtype must name an integer type such as "int32", not {dtype!r}')
         self.sequence_length = sequence_length
@@ -311,6 +315,8 @@ class _BytePairTokenizer(Tokenizer):
         self._set_special_tokens(checked_vocabulary(table, source), source)
         self._merges = _checked_merges(merges, self._ids)
         self.add_prefix_space = add_prefix_space
+        if unsplittable_tokens is not None and not isinstance(unsplittable_tokens, (list, tuple)):
+            raise ValueError(f"unsplittable_tokens must be a list of tokens, not {unsplittable_tokens!r:.80}")
         self.unsplittable_tokens = list(map(str, unsplittable_tokens or ()))
         if missing := [token for token in self.unsplittable_tokens if token not in self._ids]:
             raise ValueError(f"{source} lacks the unsplittable token {quoted(missing)}")

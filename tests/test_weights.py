@@ -241,15 +241,59 @@ def test_h5_refuses_links_and_outside_storage(tmp_path):
     assert "'layers/vars/again'" in message(circle)
 
 
-def test_h5_refuses_values_that_fail_their_checksum(tmp_path):
+def test_h5_refuses_chunks(tmp_path):
+    """Keras writes none: without them no filter of the C library is ever run."""
+    path = tmp_path / "model.weights.h5"
+    for options in (
+        {"chunks": (1000,)},
+        {"chunks": (1000,), "fletcher32": True},
+        {"compression": "gzip"},
+        {"maxshape": (None,)},
+    ):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("layers/vars/0", data=np.ones(10**5, "f4"), **options)
+        assert "'layers/vars/0' is stored in chunks, wanted in one piece" in refused(keras_h5, path)
+
+
+def test_h5_refuses_types_that_are_no_numbers(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    for values in (np.array(["a", "b"], object), np.array([b"ab"]), np.ones(2, "c16"), np.zeros(2, [("a", "f4"), ("b", "i2")])):
+        with h5py.File(path, "w") as file:
+            kind = h5py.string_dtype() if values.dtype == object else values.dtype
+            file.create_dataset("layers/vars/0", data=values, dtype=kind)
+        assert "'layers/vars/0' has dtype" in refused(keras_h5, path)
+
+
+def test_h5_refuses_lists_without_an_end(tmp_path):
+    """The C library follows each of these for ever, or until the memory is full."""
     path = tmp_path / "model.weights.h5"
     with h5py.File(path, "w") as file:
-        file.create_dataset("layers/a/vars/0", data=np.full(1000, 1.5, "f4"), chunks=(1000,), fletcher32=True)
-    assert (read_all(keras_h5, path)["layers/a/vars/0"] == 1.5).all()
+        for name in ("layers/a/vars/0", "layers/b/vars/0"):
+            file[name] = np.ones(3)
     content = path.read_bytes()
-    place = content.index(np.full(1000, 1.5, "<f4").tobytes()) + 400
-    path.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
-    assert "'layers/a/vars/0' cannot be read, damaged" in refused(keras_h5, path)
+    heap, node, leaf = (content.index(signature) for signature in (b"HEAP", b"TREE", b"SNOD"))
+    (free,) = struct.unpack_from("<Q", content, heap + 16)
+    (names,) = struct.unpack_from("<Q", content, heap + 24)
+
+    def message(place, value):
+        path.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
+        return refused(keras_h5, path)
+
+    assert f"the free list of the heap at {heap} has no end" in message(names + free, free)
+    assert f"the free list of the heap at {heap} has no end" in message(heap + 16, 2**63)
+    assert f"the block at {node} is there twice" in message(node + 32, node)
+    assert "no b'SNOD" in message(node + 32, names)
+    assert "are not in the" in message(heap + 24, len(content))
+    assert "of a heap of" in message(leaf + 8, 2**40)
+    path.write_bytes(content[:node] + content[node : node + 5] + b"\x03" + content[node + 6 :])
+    assert "perhaps truncated" in refused(keras_h5, path)
+
+
+def test_h5_refuses_other_generations_of_the_format(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    with h5py.File(path, "w", libver="latest") as file:
+        file["layers/vars/0"] = np.ones(3)
+    assert "superblock of version 0" in refused(keras_h5, path)
 
 
 def test_h5_refuses_a_name_that_is_no_text(tmp_path):
@@ -266,9 +310,6 @@ def test_h5_refuses_a_shape_larger_than_its_storage(tmp_path):
         file.create_dataset("layers/vars/0", (10**6, 10**6), "f4")  # declared, never written: no storage
     assert "'layers/vars/0' declares float32 (1000000, 1000000), 4000000000000 bytes, stores 0" in refused(keras_h5, path)
     with h5py.File(path, "w") as file:
-        file.create_dataset("layers/vars/0", data=np.zeros(10**6, "f4"), compression="gzip")
-    assert "'layers/vars/0' declares float32 (1000000,), 4000000 bytes, stores" in refused(keras_h5, path)
-    with h5py.File(path, "w") as file:
         file.create_dataset("layers/vars/0", data=h5py.Empty("f4"))
     assert "'layers/vars/0' has no shape" in refused(keras_h5, path)
 
@@ -284,6 +325,62 @@ def test_h5_refuses_datasets_that_share_their_storage(tmp_path):
     assert content.count(unwritten) == 1
     path.write_bytes(content.replace(unwritten, offset.to_bytes(8, "little") + (200_000).to_bytes(8, "little")))
     assert f"declare more bytes than the {len(content)} of the file" in refused(keras_h5, path)
+
+
+@pytest.mark.parametrize("name", ["opt_sharded", "t5_sharded"])
+def test_h5_shards_are_one_mapping(name):
+    directory = GOLDENS / "keras_hub_0.32" / name
+    index = json.loads((directory / "model.weights.json").read_text())
+    with keras_h5.open_tensors(directory, "model.weights.json") as tensors:
+        assert {f"/{dataset.rpartition('/')[0]}" for dataset in tensors} == index["weight_map"].keys()
+        assert sum(tensor.read().nbytes for tensor in tensors.values()) == index["metadata"]["total_size"]
+        assert {tensor.file.name for tensor in tensors.values()} == {path.name for path in directory.glob("*.h5")}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards between which one group is split; gives what writes the index."""
+    for number, names in enumerate((("layers/a/vars/0", "layers/b/vars/0"), ("layers/b/vars/1",))):
+        with h5py.File(tmp_path / f"model_0000{number}.weights.h5", "w") as file:
+            file.create_group("layers/empty/vars")
+            for name in names:
+                file[name] = np.full(3, number, "f4")
+
+    def write(a, b, **metadata):
+        weight_map = {"/layers/a/vars": a, "/layers/b/vars": b}
+        (tmp_path / "model.weights.json").write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}))
+        return tmp_path / "model.weights.json"
+
+    return write
+
+
+def test_h5_group_in_two_shards(shards):
+    first, second = "model_00000.weights.h5", "model_00001.weights.h5"
+    index = shards(first, [first, second], total_size=36.0)
+    wanted = {"layers/a/vars/0": 0, "layers/b/vars/0": 0, "layers/b/vars/1": 1}
+    assert {name: values[0] for name, values in read_all(keras_h5, index).items()} == wanted
+    shards(second, [first, second])
+    assert f"group '/layers/a/vars' has no dataset in shard {second}" in refused(keras_h5, index)
+    shards(first, [first, second], total_size=37)
+    assert "'total_size' is 37, the datasets have 36 bytes" in refused(keras_h5, index)
+    shards(first, [first, second], total_size="36")
+    assert "'total_size' is 36, the datasets" in refused(keras_h5, index)
+    for wrong in ([], 3, [3], None, {"file": first}):
+        shards(first, wrong)
+        assert "'weight_map' must map names to names of files" in refused(keras_h5, index)
+    for outside in ("../model_00000.weights.h5", "/etc/passwd", ""):
+        with pytest.raises(ValueError, match="is not a plain file name"):
+            read_all(keras_h5, shards(first, [first, outside]))
+    with pytest.raises(FileNotFoundError, match=r"model_00002\.weights\.h5: no such file"):
+        read_all(keras_h5, shards(first, [first, "model_00002.weights.h5"]))
+
+
+def test_h5_dataset_in_two_shards(shards, tmp_path):
+    first, second = "model_00000.weights.h5", "model_00001.weights.h5"
+    with h5py.File(tmp_path / second, "a") as file:
+        file["layers/a/vars/0"] = np.ones(3, "f4")
+    message = refused(keras_h5, shards(first, [first, second]))
+    assert f"dataset 'layers/a/vars/0' is in two shards, {first} and {second}" in message
 
 
 def test_h5_missing_file_names_the_file(tmp_path):

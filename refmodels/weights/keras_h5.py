@@ -1,11 +1,11 @@
 """KerasHub `model.weights.h5` files: HDF5 groups named after layers, with the variables as datasets `vars/0`,
-`vars/1`, ...
+`vars/1`, ...; also in several files, with an index `model.weights.json`.
 
 The only module that uses h5py.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from refmodels.files import inside
+from refmodels.files import inside, read_json
 from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
+from refmodels.weights import hdf5_check
+from refmodels.weights.shards import read_index
 from refmodels.weights.tensor import Tensor
 
 MAX_OBJECTS = 1_000_000
@@ -33,24 +35,59 @@ def spellings(name: str) -> tuple[str, ...]:
 
 @contextmanager
 def open_tensors(directory: Path, name: str) -> Iterator[Mapping[str, Tensor]]:
-    """The datasets of the HDF5 file `name` of `directory`, by their paths (`layers/.../vars/0`); groups without any
-    are ignored.
+    """The datasets of the HDF5 file `name` of `directory`, by their paths (`layers/.../vars/0`), or of the shards that
+    the index `name` lists if it ends in `.json`; groups without any are ignored.
 
     Read inside the `with` block only. ValueError names the file, the dataset, what was found and what was wanted: for
-    a file that is truncated or not HDF5, a soft or external link, external or virtual storage, and a dataset whose
-    declared size is not all stored; FileNotFoundError for a missing file; ImportError without h5py.
+    a file that is truncated or not HDF5, a soft or external link, external or virtual storage, a dataset whose
+    declared size is not all stored, and shards that are not what the index says; FileNotFoundError for a missing file
+    or shard; ImportError without h5py.
     """
+    with ExitStack() as stack:
+        read = _open_shards if name.endswith(".json") else _open_file
+        yield MappingProxyType(read(stack, directory, name))
+
+
+def _open_shards(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:
+    """`weight_map` maps the absolute path of a group to the shards with its datasets, which may be split between two.
+
+    Keras once named only the first of two. So a dataset may lie in any shard, as long as it lies in no other.
+    """
+    index, promised = directory / name, read_index(directory, name)
+    shards = {
+        shard: _open_file(stack, directory, shard) for shard in sorted({file for files in promised.values() for file in files})
+    }
+    groups = {shard: {dataset.rpartition("/")[0] for dataset in found} for shard, found in shards.items()}
+    for group, files in promised.items():
+        if missing := [file for file in files if group.removeprefix("/") not in groups[file]]:
+            raise ValueError(f"{index}: group {group[:300]!r} has no dataset in shard {missing[0]}, where the index puts it")
+    tensors: dict[str, Tensor] = {}
+    for found in shards.values():
+        for dataset, tensor in found.items():
+            if dataset in tensors:
+                other = tensors[dataset].file.name
+                raise ValueError(f"{index}: dataset {dataset!r} is in two shards, {other} and {tensor.file.name}")
+            tensors[dataset] = tensor
+    metadata = read_json(directory, name).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if stated is not None and stated != total:
+        raise ValueError(f"{index}: field 'total_size' is {str(stated)[:100]}, the datasets have {total} bytes")
+    return tensors
+
+
+def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:
     try:
         import h5py
     except ImportError:
         raise ImportError(f"reading {directory / name} needs h5py: pip install h5py") from None
     path, shown = inside(directory, name), directory / name
+    hdf5_check.check(path, str(shown))
     try:
-        file = h5py.File(path, "r")
+        file = stack.enter_context(h5py.File(path, "r"))
     except OSError as error:
         raise ValueError(f"{shown}: not a readable HDF5 file, perhaps truncated: {error}") from None
-    with file:
-        yield MappingProxyType(_list_datasets(file, shown, path.stat().st_size))
+    return _list_datasets(file, shown, path.stat().st_size)
 
 
 def _list_datasets(file: Any, shown: Path, size: int) -> dict[str, Tensor]:
@@ -78,7 +115,7 @@ def _list_datasets(file: Any, shown: Path, size: int) -> dict[str, Tensor]:
                     tensors[name] = _tensor(item, shown, name, size)
     except (OSError, RuntimeError, KeyError, TypeError, UnicodeError) as error:  # what h5py raises for damaged structures
         raise ValueError(f"{shown}: damaged HDF5 file: {error}") from None
-    if sum(_bytes(tensor) for tensor in tensors.values()) > size:
+    if sum(tensor.nbytes for tensor in tensors.values()) > size:
         raise ValueError(f"{shown}: the datasets declare more bytes than the {size} of the file")
     return tensors
 
@@ -88,26 +125,20 @@ def _tensor(dataset: Any, shown: Path, name: str, size: int) -> Tensor:
         raise ValueError(f"{shown}: dataset {name!r} keeps its values in other files: not read")
     if dataset.shape is None:
         raise ValueError(f"{shown}: dataset {name!r} has no shape")
+    if dataset.chunks is not None:
+        raise ValueError(f"{shown}: dataset {name!r} is stored in chunks, wanted in one piece, as Keras stores it")
     dtype = dataset.dtype
-    if _attribute(dataset, "dtype") == "bfloat16" and dtype == np.dtype("V2"):
+    # Keras marks bfloat16 by an attribute "dtype". It is a string of variable length, which is never read: with a damaged
+    # one the C library does not end, or fills gigabytes. Keras gives the attribute to no other type.
+    if dtype == np.dtype("V2") and "dtype" in dataset.attrs:
         dtype = numpy_dtype("bfloat16")
+    elif dtype.kind not in "fiubV" or dtype.names:
+        raise ValueError(f"{shown}: dataset {name!r} has dtype {dtype}, wanted numbers")
     tensor = Tensor(shown, name, tuple(dataset.shape), dtype, partial(_read, dataset, shown, name, dtype))
     stored = min(dataset.id.get_storage_size(), size)
-    if _bytes(tensor) > stored:
-        raise ValueError(f"{shown}: dataset {name!r} declares {dtype} {tensor.shape}, {_bytes(tensor)} bytes, stores {stored}")
+    if tensor.nbytes > stored:
+        raise ValueError(f"{shown}: dataset {name!r} declares {dtype} {tensor.shape}, {tensor.nbytes} bytes, stores {stored}")
     return tensor
-
-
-def _attribute(dataset: Any, name: str) -> str:
-    value = dataset.attrs.get(name, "")
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _bytes(tensor: Tensor) -> int:
-    count = tensor.dtype.itemsize
-    for length in tensor.shape:
-        count *= length
-    return count
 
 
 def _read(dataset: Any, shown: Path, name: str, dtype: np.dtype) -> Array:

@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from refmodels.files import inside, read_json
+from refmodels.files import inside
 from refmodels.ops.precision import numpy_dtype
+from refmodels.weights.shards import open_checkpoint
 from refmodels.weights.tensor import Tensor
-
-INDEX_SUFFIX = ".index.json"
 
 DTYPES = {
     "F64": "float64",
@@ -35,24 +34,7 @@ def open_tensors(directory: Path, name: str) -> Iterator[Mapping[str, Tensor]]:
     file and what is wrong with it; FileNotFoundError a missing file or shard; ImportError a missing package.
     """
     with ExitStack() as stack:
-        read = _open_shards if name.endswith(INDEX_SUFFIX) else _open_file
-        yield MappingProxyType(read(stack, directory, name))
-
-
-def _open_shards(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:
-    index = directory / name
-    places = read_json(directory, name).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError(f"{index}: field 'weight_map' must map tensor names to file names")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        found = _open_file(stack, directory, shard)
-        promised = {tensor for tensor, place in places.items() if place == shard}
-        if difference := sorted(promised ^ found.keys()):
-            where = "the index alone" if difference[0] in promised else "the shard alone"
-            raise ValueError(f"{index}: tensor {difference[0]!r} of shard {shard} is in {where}")
-        tensors |= found
-    return tensors
+        yield MappingProxyType(open_checkpoint(stack, directory, name, _open_file))
 
 
 def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:

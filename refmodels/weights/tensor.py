@@ -1,5 +1,6 @@
 """The record of a stored tensor."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,3 +23,8 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the values take."""
+        return self.dtype.itemsize * math.prod(self.shape)
