@@ -282,7 +282,10 @@ class Backbone(ABC):
 
     def check_ids(self, name: str, value: Any, *, shape: tuple[int, ...] | None = None) -> Array:
         """`value` as an integer array (b, t) whose entries are inside the vocabulary (positions: inside their table)."""
-        ids = np.asarray(value)
+        try:
+            ids = np.asarray(value)
+        except ValueError:  # rows of different lengths
+            raise ValueError(f"{name} must have shape (batch, length), got rows of different lengths: pad them") from None
         if ids.dtype.kind not in "iu" and ids.size:
             raise ValueError(f"{name} must hold integers, got {ids.dtype}")
         if ids.ndim != 2:
@@ -328,7 +331,10 @@ def check_mask(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     """A padding mask as booleans of this shape; None is all ones. Anything but 0 and 1 is refused."""
     if value is None:
         return np.ones(shape, bool)
-    mask = np.asarray(value)
+    try:
+        mask = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must have shape {shape} like its token ids, got rows of different lengths") from None
     if mask.shape != shape:
         raise ValueError(f"{name} has shape {mask.shape}, wanted {shape} like its token ids")
     wrong = (mask != 0) & (mask != 1)

@@ -5,7 +5,7 @@ been settled when its cache was made. Each row draws from a generator of its own
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +50,17 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        for name, kind in (
+            ("temperature", float),
+            ("top_p", float),
+            ("length_penalty", float),
+            ("top_k", int),
+            ("num_beams", int),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if value is not None and not whole and (kind is int or not isinstance(value, float | np.floating)):
+                raise TypeError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature!r}")
         if self.top_k is not None and self.top_k < 1:
@@ -62,6 +73,15 @@ class Sampling:
             raise ValueError("beam search takes no temperature, top_k or top_p")
         if self.kind == "greedy" and (self.top_k, self.top_p) != (None, None):
             raise ValueError("greedy search takes no top_k or top_p")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Sampling":
+        """These settings; TypeError that lists what exists for one that does not."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise TypeError(f"generate has no argument {unknown[0]!r}; settings of the sampler are: {', '.join(known)}")
+        return cls(**settings)
 
     @property
     def kind(self) -> str:

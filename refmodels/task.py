@@ -81,7 +81,7 @@ class Task(ABC):
 
         Gives a string, a list of strings or a dictionary, like the input. A batch gives exactly what each prompt gives alone.
         """
-        settings, stop = Sampling(**sampling), self._stop_ids(stop_token_ids)
+        settings, stop = Sampling.of(sampling), self._stop_ids(stop_token_ids)
         if isinstance(inputs, Mapping):
             batch = self._batch_of_ids(inputs, max_length, max_new_tokens)
             return self._as_ids(batch, self.run(batch, stop, settings), strip_prompt)
@@ -104,7 +104,7 @@ class Task(ABC):
         **sampling: Any,
     ) -> "TextStream":
         """The new text of `generate` for one prompt, piece by piece, as it comes about."""
-        settings, stop = Sampling(**sampling), self._stop_ids(stop_token_ids)
+        settings, stop = Sampling.of(sampling), self._stop_ids(stop_token_ids)
         return TextStream(self, self._batch_of_texts([prompt], max_length, max_new_tokens), stop, settings)
 
     def run(self, batch: Batch, stop: frozenset[int], settings: Sampling) -> list[list[int]]:

@@ -221,8 +221,28 @@ def test_bad_settings(settings, message):
         task_of("opt").generate(inputs_of("opt"), **{"stop_token_ids": None, **settings})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+        ({"top_p": "0.5"}, "top_p must be a number, got '0.5'"),
+        ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+        ({"num_beams": True}, "num_beams must be an integer, got True"),
+        ({"beams": 3}, "generate has no argument 'beams'; settings of the sampler are: sampler, temperature, top_k"),
+    ],
+    ids=str,
+)
+def test_settings_of_the_wrong_kind(settings, message):
+    with pytest.raises(TypeError, match=message):
+        task_of("opt").generate(inputs_of("opt"), stop_token_ids=None, **settings)
+
+
 def test_bad_inputs():
     task = task_of("opt")
+    with pytest.raises(ValueError, match=r"token_ids must have shape \(batch, length\), got rows of different lengths"):
+        task.backbone({"token_ids": [[1, 2], [3]]})
+    with pytest.raises(ValueError, match=r"padding_mask must have shape \(2, 2\).*different lengths"):
+        task.backbone({"token_ids": [[1, 2], [3, 4]], "padding_mask": [[1, 1], [1]]})
     with pytest.raises(ValueError, match="text needs a tokenizer"):
         task.generate("hello", stop_token_ids=None)
     with pytest.raises(TypeError, match="must be a string"):
