@@ -51,10 +51,15 @@ class Accelerator:
         `when(*args, **kwargs)` may decline a call: it returns True to accept, or False or a reason. Kernels are asked in order.
         """
 
+        if not isinstance(op, Op):
+            raise TypeError(f"kernel() takes an op such as refmodels.ops.norm.layer_norm, got {op!r}")
+
         def register(function: Kernel) -> Kernel:
-            wanted, got = list(op.signature.parameters), list(inspect.signature(function).parameters)
+            wanted, got = _parameters(op.signature), _parameters(inspect.signature(function))
             if wanted != got:
-                raise AcceleratorError(f"{self.name}: kernel of {op.name} takes {got}, wanted {wanted}")
+                raise AcceleratorError(
+                    f"{self.name}: kernel of {op.name} takes ({', '.join(got)}), wanted ({', '.join(wanted)})"
+                )
             self._kernels.setdefault(op, []).append((when, function))
             return function
 
@@ -109,6 +114,14 @@ class Accelerator:
 
     def __repr__(self) -> str:
         return f"<accelerator {self.name}: kernels for {len(self._kernels)} ops>"
+
+
+def _parameters(signature: inspect.Signature) -> list[str]:
+    """Name, place and optionality of each parameter: `x`, `*epsilon` (by name only), `bias=` (may be left out)."""
+    return [
+        f"{'*' * (parameter.kind is parameter.KEYWORD_ONLY)}{name}{'=' * (parameter.default is not parameter.empty)}"
+        for name, parameter in signature.parameters.items()
+    ]
 
 
 def installed() -> "dict[str, EntryPoint]":

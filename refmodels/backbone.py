@@ -45,7 +45,7 @@ def check_config(config: Any, *, optional: tuple[str, ...] = ()) -> None:
                 raise ValueError(f"{label} must be true or false, got {value!r}")
         elif field.name in optional and value is None:
             continue
-        elif field.name != "activation" and not (_is_integer(value) and 0 < value <= LARGEST_SIZE):
+        elif field.name != "activation" and not (is_integer(value) and 0 < value <= LARGEST_SIZE):
             raise ValueError(f"{label} must be a positive integer up to {LARGEST_SIZE}, got {value!r}")
 
 
@@ -65,7 +65,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """An integer, Python's or NumPy's, but no boolean."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -119,12 +120,16 @@ class Backbone(ABC):
             known = ", ".join([*arguments, "dtype", *OPTIONS])
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}; it has: {known}")
         options = {**OPTIONS, **options}
-        self.config = self.config_class(**arguments, dtype=policy_name(dtype))
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
+        self.config = self.config_class(**plain, dtype=policy_name(dtype))
         self.name: str = options["name"] or f"{self.family}_backbone"
         self.trainable: bool = options["trainable"]
         self.accelerator: Accelerator | None = find(options["accelerator"])
         # Without a seed the weights are random, but the same for the life of this object.
-        self.seed: int = secrets.randbits(63) if options["seed"] is None else int(options["seed"])
+        seed = options["seed"]
+        if seed is not None and not (is_integer(seed) and seed >= 0):
+            raise ValueError(f"seed must be None or an integer from 0 on, got {seed!r}")
+        self.seed: int = secrets.randbits(63) if seed is None else int(seed)
         self._params: Params | None = None
         self._loaded: tuple[Accelerator, Params] | None = None
 
@@ -256,22 +261,22 @@ class Backbone(ABC):
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         if not isinstance(inputs, Mapping):
             raise TypeError(f"inputs must be a dictionary with {', '.join(self.inputs)}, got {type(inputs).__name__}")
-        known = {name for token, others in self.inputs.items() for name in (token, *others)}
-        for name in inputs:
-            if name not in known:
-                warnings.warn(
-                    f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(sorted(known))}", stacklevel=3
-                )
+        self.warn_of_unknown(inputs)
         arrays: dict[str, Array] = {}
         for token, (mask, *others) in self.inputs.items():
             arrays[token], arrays[mask] = self.check_pair(inputs, token, mask)
             shape = arrays[token].shape
-            arrays |= {name: self.check_ids(name, inputs[name], shape=shape) for name in others if name in inputs}
-        batches = {array.shape[0] for array in arrays.values()}
-        if len(batches) > 1:
-            found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-            raise ValueError(f"inputs have different batch sizes: {found}")
+            given = [name for name in others if inputs.get(name) is not None]
+            arrays |= {name: self.check_ids(name, inputs[name], shape=shape) for name in given}
+        check_batches(arrays)
         return arrays
+
+    def warn_of_unknown(self, inputs: Mapping[str, Any]) -> None:
+        """Warn of inputs that this model does not know: they are ignored."""
+        known = sorted(name for token, others in self.inputs.items() for name in (token, *others))
+        for name in inputs:
+            if name not in known:
+                warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(known)}", stacklevel=4)
 
     def check_pair(self, inputs: Mapping[str, Any], token: str, mask: str) -> tuple[Array, Array]:
         """The ids and the mask of these names, checked; a mask that is not there is all ones."""
@@ -325,6 +330,13 @@ class Backbone(ABC):
     def token_embedding(self) -> "TokenEmbedding":
         """The layer of token embeddings; `token_embedding(hidden, reverse=True)` gives logits."""
         return TokenEmbedding(self)
+
+
+def check_batches(arrays: Mapping[str, Array]) -> None:
+    """All arrays must have the same number of rows."""
+    if len({array.shape[0] for array in arrays.values()}) > 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"inputs have different batch sizes: {found}")
 
 
 def check_mask(name: str, value: Any, shape: tuple[int, ...]) -> Array:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refmodels.backbone import is_integer
 from refmodels.op import Array, Params
 from refmodels.ops.cache import cache_select
 from refmodels.ops.sampling import beam_candidates, greedy_token, sample_token
@@ -58,8 +59,7 @@ class Sampling:
             ("num_beams", int),
         ):
             value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if value is not None and not whole and (kind is int or not isinstance(value, float | np.floating)):
+            if value is not None and not is_integer(value) and (kind is int or not isinstance(value, float | np.floating)):
                 raise TypeError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature!r}")
@@ -71,8 +71,15 @@ class Sampling:
             raise ValueError(f"num_beams must be at least 1, got {self.num_beams!r}")
         if self.kind == "beam" and (self.top_k, self.top_p, self.temperature) != (None, None, 1.0):
             raise ValueError("beam search takes no temperature, top_k or top_p")
-        if self.kind == "greedy" and (self.top_k, self.top_p) != (None, None):
-            raise ValueError("greedy search takes no top_k or top_p")
+        if self.kind == "greedy" and (self.top_k, self.top_p, self.temperature) != (None, None, 1.0):
+            raise ValueError("greedy search takes no temperature, top_k or top_p")
+        if self.kind != "beam" and (self.num_beams or 1) > 1:
+            raise ValueError(f"sampler {self.kind!r} takes no num_beams")
+        if not -1e3 <= self.length_penalty <= 1e3:
+            raise ValueError(f"length_penalty must be a number between -1000 and 1000, got {self.length_penalty!r}")
+        seeds: Any = [0] if self.seed is None else [self.seed] if is_integer(self.seed) else self.seed
+        if not (isinstance(seeds, list | tuple) and all(is_integer(seed) and seed >= 0 for seed in seeds)):
+            raise ValueError(f"seed must be None, an integer from 0 on, or a list of them, got {self.seed!r}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Sampling":
@@ -101,7 +108,7 @@ class Sampling:
         """One generator for each row. The same seed gives a row the same draws, alone or in any batch."""
         if self.seed is None:
             return [np.random.default_rng() for _ in range(rows)]
-        seeds = [self.seed] * rows if isinstance(self.seed, int | np.integer) else list(self.seed)
+        seeds = list(self.seed) if isinstance(self.seed, list | tuple) else [self.seed] * rows
         if len(seeds) != rows:
             raise ValueError(f"seed has {len(seeds)} entries, wanted one integer or {rows}")
         return [np.random.default_rng(seed) for seed in seeds]

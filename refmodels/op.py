@@ -62,6 +62,9 @@ class Shape:
     def __str__(self) -> str:
         return f"[{' '.join(self.dims)}]"
 
+    def __repr__(self) -> str:
+        return f"{self.kind}{self}{' | None' if self.optional else ''}"
+
 
 if TYPE_CHECKING:  # what a type checker sees: Float[Array, "*b n"] is an Array
     from typing import Annotated as Bool

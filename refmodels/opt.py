@@ -4,6 +4,7 @@ Read from the top: the layer, the stack, the head, the decode step. Every line i
 parameter tree that the function uses, and `**p["query"]` passes its kernel and bias by name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -236,11 +237,20 @@ class OPTBackbone(Backbone):
     def parameters(self) -> list[Parameter]:
         return opt_parameters(self.config)
 
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        unsettled = self.config
+        if unsettled.max_sequence_length is None and "token_ids" in inputs:
+            length = self.check_ids("token_ids", inputs["token_ids"]).shape[1]
+            self.config = replace(unsettled, max_sequence_length=length)
+        try:
+            return super()._checked(inputs)
+        except (TypeError, ValueError):
+            self.config = unsettled  # a refused input settles nothing
+            raise
+
     def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
-        token_ids, length = inputs["token_ids"], inputs["token_ids"].shape[1]
-        if self.config.max_sequence_length is None:
-            self.config = replace(self.config, max_sequence_length=length)
-        check_length(length, self.config.max_sequence_length)
+        token_ids = inputs["token_ids"]
+        check_length(token_ids.shape[1], self.config.max_sequence_length)
         position_ids = inputs.get("position_ids")
         return opt_backbone(
             token_ids, inputs["padding_mask"], self.device_params, self.config, position_ids=position_ids, rng=rng

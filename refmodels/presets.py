@@ -348,7 +348,7 @@ def _model(cls: type[Backbone], name: str, source: str) -> type[Backbone]:
         return model
     if issubclass(cls, model):
         return cls
-    raise ValueError(f"{source} holds a {name}, which is no {cls.__name__}: call {name}.from_preset or Backbone.from_preset")
+    raise ValueError(f"{source} holds {name}, not {cls.__name__}: call {name}.from_preset or Backbone.from_preset")
 
 
 def _construct(model: type[Backbone], arguments: dict[str, Any], kwargs: dict[str, Any], source: str) -> Backbone:

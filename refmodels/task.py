@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from refmodels.backbone import Backbone
+from refmodels.backbone import Backbone, check_batches, is_integer
 from refmodels.generate import Sampling, beam_search, decode
 from refmodels.op import Array, Params
 
@@ -43,9 +43,11 @@ class Task(ABC):
     backbone_class: ClassVar[type[Backbone]]
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer = None) -> None:
+        if not hasattr(self, "backbone_class"):
+            raise TypeError(f"{type(self).__name__} is a base class: use a model's, or from_preset")
         if not isinstance(backbone, self.backbone_class):
             wanted, got = self.backbone_class.__name__, type(backbone).__name__
-            raise TypeError(f"{type(self).__name__} needs a {wanted}, got {got}")
+            raise TypeError(f"{type(self).__name__} takes {wanted}, got {got}")
         self.backbone: Any = backbone
         self.tokenizer = tokenizer
 
@@ -82,13 +84,15 @@ class Task(ABC):
         Gives a string, a list of strings or a dictionary, like the input. A batch gives exactly what each prompt gives alone.
         """
         settings, stop = Sampling.of(sampling), self._stop_ids(stop_token_ids)
+        _check_limits(max_length=max_length, max_new_tokens=max_new_tokens)
         if isinstance(inputs, Mapping):
+            self.backbone.warn_of_unknown(inputs)
             batch = self._batch_of_ids(inputs, max_length, max_new_tokens)
             return self._as_ids(batch, self.run(batch, stop, settings), strip_prompt)
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        if not texts or not all(isinstance(text, str) for text in texts):
+        texts: Any = [inputs] if isinstance(inputs, str) else inputs
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             raise TypeError("inputs must be a string, a list of strings or a dictionary of token ids")
-        batch = self._batch_of_texts(texts, max_length, max_new_tokens)
+        batch = self._batch_of_texts(list(texts), max_length, max_new_tokens)
         new = self.run(batch, stop, settings)
         shown = [prompt * (not strip_prompt) + ids for prompt, ids in zip(batch.prompts, new, strict=True)]
         answers = [self.tokenizer.detokenize(ids) for ids in shown]
@@ -104,7 +108,10 @@ class Task(ABC):
         **sampling: Any,
     ) -> "TextStream":
         """The new text of `generate` for one prompt, piece by piece, as it comes about."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         settings, stop = Sampling.of(sampling), self._stop_ids(stop_token_ids)
+        _check_limits(max_length=max_length, max_new_tokens=max_new_tokens)
         return TextStream(self, self._batch_of_texts([prompt], max_length, max_new_tokens), stop, settings)
 
     def run(self, batch: Batch, stop: frozenset[int], settings: Sampling) -> list[list[int]]:
@@ -155,9 +162,6 @@ class Task(ABC):
 
     def _limits(self, prompts: list[list[int]], max_length: int, max_new_tokens: int | None) -> list[int]:
         """How many tokens each row may add."""
-        for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         longest = max(len(prompt) for prompt in prompts)
         if longest > max_length:
             raise ValueError(f"the prompt has {longest} tokens, more than max_length {max_length}")
@@ -171,7 +175,8 @@ class Task(ABC):
             if stop_token_ids != "auto":
                 raise ValueError(f"stop_token_ids must be 'auto', None or token ids, got {stop_token_ids!r}")
             return frozenset([int(self._need_tokenizer("stop_token_ids='auto'").end_token_id)])
-        ids = self.backbone.check_ids("stop_token_ids", np.atleast_2d(np.asarray(stop_token_ids)))
+        listed = sorted(stop_token_ids) if isinstance(stop_token_ids, set | frozenset) else stop_token_ids
+        ids = self.backbone.check_ids("stop_token_ids", np.atleast_2d(np.asarray(listed)))
         return frozenset(ids[0].tolist())
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
@@ -182,9 +187,19 @@ class Task(ABC):
     def _real_tokens(self, inputs: Mapping[str, Any], prefix: str = "") -> tuple[Array, Array]:
         """Checked ids and mask of a token dictionary."""
         ids, mask = self.backbone.check_pair(inputs, f"{prefix}token_ids", f"{prefix}padding_mask")
+        if not ids.size:
+            raise ValueError(f"{prefix}token_ids has shape {ids.shape}: there is nothing to go on from")
         if not mask.any(-1).all():
             raise ValueError(f"{prefix}padding_mask row {int(mask.any(-1).argmin())} has no real token")
         return ids, mask
+
+
+def _check_limits(**limits: int | None) -> None:
+    for name, value in limits.items():
+        if value is not None and not is_integer(value):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _default_length(max_length: int | None, max_new_tokens: int | None) -> int:
@@ -267,6 +282,7 @@ class Seq2SeqLM(Task):
         encoder_ids, encoder_mask = self._real_tokens(inputs, "encoder_")
         if "decoder_token_ids" in inputs:
             ids, mask = self._real_tokens(inputs, "decoder_")
+            check_batches({"encoder_token_ids": encoder_ids, "decoder_token_ids": ids})
             prompts = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
             width = ids.shape[1] if max_new_tokens is None else ids.shape[1] + max_new_tokens
         else:

@@ -26,7 +26,7 @@ ARROWS = {
     "ops": {"ops", "op", "numerics"},
     "accelerator": {"op"},
     "parameters": {"op", "ops"},
-    "generate": {"op", "ops"},
+    "generate": {"backbone", "op", "ops"},
     "backbone": {"accelerator", "op", "ops", "parameters"},
     "task": {"backbone", "generate", "op"},
     **{model: {"ops", "op", "parameters", "backbone", "task"} for model in MODELS},

@@ -535,3 +535,12 @@ def test_shipped_presets_generate(run, name):
 
 def test_the_samplers_offered_are_those_there_are():
     assert SAMPLERS == generate.SAMPLERS
+
+
+@pytest.mark.parametrize(
+    "order", [["PRESET", "--stats", "TEXT"], ["--seed", "1", "PRESET", "TEXT"], ["PRESET", "TEXT", "--stats"]]
+)
+def test_options_may_stand_anywhere(run, order):
+    words = {"PRESET": "t5_tiny_numbers", "TEXT": "spell: 5"}
+    status, out, _ = run("generate", *(words.get(word, word) for word in order))
+    assert (status, out) == (0, "five\n")

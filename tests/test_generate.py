@@ -204,8 +204,13 @@ def test_seeds():
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
+        ({"sampler": "greedy", "temperature": 2.0}, "greedy search takes no temperature"),
+        ({"sampler": "random", "num_beams": 3}, "sampler 'random' takes no num_beams"),
+        ({"length_penalty": float("nan"), "num_beams": 2}, "length_penalty must be a number between"),
+        ({"seed": -1}, "seed must be None, an integer from 0 on, or a list of them, got -1"),
+        ({"seed": 1.5}, "seed must be None"),
         ({"num_beams": 2, "temperature": 0.5}, "beam search takes no temperature"),
-        ({"sampler": "greedy", "top_k": 3}, "greedy search takes no top_k"),
+        ({"sampler": "greedy", "top_k": 3}, "greedy search takes no temperature, top_k"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_length": 3}, "the prompt has 5 tokens, more than max_length 3"),
@@ -227,6 +232,8 @@ def test_bad_settings(settings, message):
         ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
         ({"top_p": "0.5"}, "top_p must be a number, got '0.5'"),
         ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+        ({"max_length": "5"}, "max_length must be an integer, got '5'"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer, got 1.5"),
         ({"num_beams": True}, "num_beams must be an integer, got True"),
         ({"beams": 3}, "generate has no argument 'beams'; settings of the sampler are: sampler, temperature, top_k"),
     ],
@@ -251,8 +258,28 @@ def test_bad_inputs():
         task.generate({"token_ids": [[1, 2]], "padding_mask": [[0, 0]]}, stop_token_ids=None)
     with pytest.raises(ValueError, match=r"token_ids\[0, 1\] is 23, wanted 0 to 22"):
         task.generate({"token_ids": [[1, 23]]}, stop_token_ids=None)
-    with pytest.raises(TypeError, match="OPTCausalLM needs a OPTBackbone, got BloomBackbone"):
+    with pytest.raises(TypeError, match="OPTCausalLM takes OPTBackbone, got BloomBackbone"):
         OPTCausalLM(BloomBackbone(**SIZES))
+    with pytest.raises(TypeError, match="CausalLM is a base class"):
+        CausalLM(task.backbone)
+    with pytest.raises(TypeError, match="must be a string"):
+        task.generate(None, stop_token_ids=None)
+    with pytest.raises(TypeError, match="prompt must be a string, got list"):
+        task.stream(["a"], stop_token_ids=None)
+    with pytest.raises(ValueError, match="there is nothing to go on from"):
+        task.generate({"token_ids": np.zeros((0, 3), int)}, stop_token_ids=None)
+    with pytest.warns(UserWarning, match="ignores input 'paddding_mask'"):
+        task.generate({"token_ids": [[1, 2]], "paddding_mask": [[1, 0]]}, stop_token_ids=None)
+    two = {**inputs_of("t5", [[3], [4]]), "decoder_token_ids": [[0, 1]]}
+    with pytest.raises(ValueError, match="different batch sizes: encoder_token_ids"):
+        task_of("t5").generate(two, stop_token_ids=None, max_new_tokens=1)
+
+
+def test_a_temperature_near_zero_is_greedy():
+    task, inputs = task_of("bloom"), inputs_of("bloom")
+    greedy = tokens(task.generate(inputs, stop_token_ids=None, max_new_tokens=5))
+    for temperature in (1e-30, 1e-300):
+        assert tokens(task.generate(inputs, stop_token_ids=None, max_new_tokens=5, temperature=temperature, seed=1)) == greedy
 
 
 @pytest.fixture(scope="module")

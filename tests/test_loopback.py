@@ -216,3 +216,12 @@ def test_bodies_see_opaque_arrays_only():
     with watching(observer):
         pair("t5")[1](inputs("t5"))
     assert seen == {"Opaque"}
+
+
+def test_parameters_are_loaded_anew_for_another_accelerator():
+    cls, arguments = MODELS["opt"]
+    model, first, second = cls(**arguments), Loopback(), Loopback()
+    with use(first):
+        loaded = model.device_params
+    with use(second):
+        assert model.device_params is not loaded

@@ -14,6 +14,7 @@ from refmodels.op import OPS, Array, Bool, Float, Int, Op, Shape, ShapeError, ex
 from refmodels.ops.attention import attention, attention_scores, masked_softmax
 from refmodels.ops.cache import cache_append
 from refmodels.ops.elementwise import add, multiply, relu
+from refmodels.ops.heads import split_heads
 from refmodels.ops.linear import embedding, last_rows, linear
 from refmodels.ops.mask import causal_mask, key_mask
 from refmodels.ops.norm import layer_norm
@@ -358,7 +359,7 @@ def test_observers_see_accelerated_calls(half):
 @pytest.mark.parametrize("kernel", [lambda x: x, lambda y, x: x, lambda x, y, z=1: x, lambda a, b: a, lambda *args: args])
 def test_a_kernel_with_other_parameters_is_refused(kernel):
     accelerator = Accelerator("mine")
-    with pytest.raises(AcceleratorError, match=r"mine: kernel of add takes \[.*\], wanted \['x', 'y'\]"):
+    with pytest.raises(AcceleratorError, match=r"mine: kernel of add takes \(.*\), wanted \(x, y\)"):
         accelerator.kernel(add)(kernel)
     assert accelerator.pick(add, (ONE, TWO), {}) is None
 
@@ -563,3 +564,38 @@ def test_executing_takes_anything_that_runs():
 def test_a_float_argument_takes_no_integers(dtype):
     with pytest.raises(ShapeError, match=rf"relu: x\[\*b n\]: wants floating-point numbers, got {dtype}"):
         relu(np.ones((2, 3), dtype))
+
+
+def test_a_kernel_must_leave_out_what_its_op_may_leave_out():
+    """Else a call that the op takes would fail inside the kernel."""
+    accelerator = Accelerator("mine")
+    with pytest.raises(AcceleratorError, match=r"takes \(x, gamma, beta, \*epsilon\), wanted \(x, gamma, beta, \*epsilon=\)"):
+        accelerator.kernel(layer_norm)(lambda x, gamma, beta, *, epsilon: x)
+    with pytest.raises(TypeError, match="takes an op such as"):
+        accelerator.kernel(5)
+
+
+def test_arguments_out_of_range_are_named():
+    table, ids = np.ones((3, 2), np.float32), np.array([0, 3])
+    with pytest.raises(ValueError, match=r"embedding: ids are 0 to 3, wanted 0 to 2"):
+        embedding(ids, table)
+    with pytest.raises(ValueError, match=r"embedding: ids are -1 to 0"):
+        embedding(ids - np.array([1, 3]), table)
+    x = np.ones((2, 3, 7), np.float32)
+    with pytest.raises(ValueError, match=r"split_heads: x\[b t n\] has n = 7, wanted a multiple of num_heads = 2"):
+        split_heads(x, 2)
+    for lengths in ([0, 1], [1, 4]):
+        with pytest.raises(ValueError, match=r"last_rows: lengths are \d to \d, wanted 1 to 3"):
+            last_rows(x, np.array(lengths))
+    cache = np.zeros((2, 5, 7), np.float32)
+    for start in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match=r"cache_append: position -?\d is outside the cache's 5"):
+            cache_append(cache, x, np.array(start))
+    for new, start in ((x[:1], [0, 0]), (x[..., :6], [0, 0]), (x, [0])):
+        with pytest.raises(ShapeError, match=r"cache_append: cache \(2, 5, 7\), new .* only the positions, axis 1, may differ"):
+            cache_append(cache, new, np.array(start))
+    assert not cache.any()
+
+
+def test_a_signature_reads_like_the_spec():
+    assert "x: float[*b n], gamma: float[n]" in repr(layer_norm)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from refmodels.numerics import exact
-from refmodels.op import Array, Int, Params, op
+from refmodels.op import Array, Int, Params, ShapeError, op
 from refmodels.ops.precision import numpy_dtype
 
 
@@ -33,9 +33,13 @@ def cache_append(cache: Array, new: Array, start: Int[Array, "b"] | None = None)
     length = new.shape[1]
     if start is None:
         start = np.zeros(len(cache), np.int64)
+    if (len(new), *new.shape[2:]) != (len(cache), *cache.shape[2:]) or len(start) != len(cache):
+        shapes = f"cache {cache.shape}, new {new.shape}, start {start.shape}"
+        raise ShapeError(f"cache_append: {shapes}; only the positions, axis 1, may differ")
     end = int(start.max(initial=0)) + length
-    if end > cache.shape[1]:  # a slice past the end is no error to NumPy
-        raise ValueError(f"cache_append: position {end - 1} is outside the cache's {cache.shape[1]}")
+    if start.min(initial=0) < 0 or end > cache.shape[1]:  # a slice past the end is no error to NumPy
+        outside = end - 1 if end > cache.shape[1] else start.min()
+        raise ValueError(f"cache_append: position {outside} is outside the cache's {cache.shape[1]}")
     for row, first in enumerate(start):
         cache[row, first : first + length] = new[row]
     return cache[:, :end]

@@ -28,6 +28,8 @@ def linear(
 @op(error=exact(), laws=("rowwise",))
 def embedding(ids: Int[Array, "*b"], embeddings: Float[Array, "v n"], *, dtype: str | None = None) -> Float[Array, "*b n"]:
     """Row ids[...] of the table, in the table's type or, if given, `dtype`. Ids count from 0 and are below v."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(embeddings):
+        raise ValueError(f"embedding: ids are {ids.min()} to {ids.max()}, wanted 0 to {len(embeddings) - 1}")
     return narrow(embeddings[ids], numpy_dtype(dtype) if dtype else embeddings.dtype)
 
 
@@ -44,4 +46,8 @@ def logits_from_embeddings(
 @op(error=exact())
 def last_rows(x: Float[Array, "b t n"], lengths: Int[Array, "b"] | None = None) -> Float[Array, "b n"]:
     """The last real position of every row, x[i, lengths[i] - 1]; without lengths the last position."""
-    return x[:, -1] if lengths is None else x[np.arange(len(x)), lengths - 1]
+    if lengths is None:
+        return x[:, -1]
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= x.shape[1]:
+        raise ValueError(f"last_rows: lengths are {lengths.min()} to {lengths.max()}, wanted 1 to {x.shape[1]}")
+    return x[np.arange(len(x)), lengths - 1]

@@ -35,8 +35,9 @@ def sample_token(
     start whose probability exceeds p; what is kept is drawn from in proportion.
     """
     order = np.argsort(-wide(logits), axis=-1, kind="stable")[:, :top_k]
-    kept = np.take_along_axis(wide(logits), order, -1) / temperature
-    probability = np.exp(kept - kept[:, :1])
+    kept = np.take_along_axis(wide(logits), order, -1)
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the most likely token alone
+        probability = np.exp((kept - kept[:, :1]).astype(np.float64) / temperature)
     probability /= probability.sum(-1, keepdims=True)
     if top_p is not None:
         before = np.cumsum(probability, -1) - probability
