@@ -300,11 +300,17 @@ def fastest_accelerator() -> "Accelerator | None":
 
 def _write(pieces: Iterable[str]) -> str:
     """Write each piece as soon as it is there; gives all of them."""
-    written = []
-    for piece in filter(None, pieces):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        written.append(piece)
+    written: list[str] = []
+    try:
+        for piece in filter(None, pieces):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            written.append(piece)
+    except BrokenPipeError:
+        raise
+    except Exception:
+        print(flush=True)  # the error gets a line of its own
+        raise
     return "".join(written)
 
 

@@ -345,7 +345,7 @@ def test_a_failure_while_running(run, monkeypatch, error, wanted):
 
     monkeypatch.setattr(task, "decode", fail)
     status, out, err = run("generate", "TINY", PROMPT)
-    assert (status, out) == (1, PROMPT)
+    assert (status, out) == (1, f"{PROMPT}\n")
     assert err == f"refmodels: error: {wanted}\n"
 
 
