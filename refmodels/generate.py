@@ -150,14 +150,20 @@ def decode(
         positions = positions + (remaining > 0)  # a row that is done stays where it is, inside its cache
 
 
+def padded(rows: Sequence[Sequence[int]], width: int, *, fill: int = 0) -> tuple[Array, Array]:
+    """Rows of ids as one array (b, width) with `fill` behind each, and the mask of what is real."""
+    mask = np.arange(width) < np.array([[len(row)] for row in rows])
+    ids = np.full(mask.shape, fill, np.int64)
+    ids[mask] = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    return ids, mask
+
+
 def _prefill(decoder: Decoder, cache: Params, prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     """Take in the prompts together, padded on the right; the scores after each, and the position of its next token."""
     lengths = np.array([len(prompt) for prompt in prompts])
     if not lengths.all():
         raise ValueError(f"prompt {int(lengths.argmin())} is empty: there must be a token to go on from")
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    ids, mask = padded(prompts, int(lengths.max()))
     return decoder.prefill(ids, mask, lengths, cache), lengths
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from refmodels.backbone import Backbone, check_batches, is_integer
-from refmodels.generate import Sampling, beam_search, decode
+from refmodels.generate import Sampling, beam_search, decode, padded
 from refmodels.op import Array, Params
 
 DEFAULT_MAX_LENGTH = 1024
@@ -155,9 +155,7 @@ class Task(ABC):
         rows = [prompt * (not strip_prompt) + ids for prompt, ids in zip(batch.prompts, new, strict=True)]
         kept = [0 if strip_prompt else len(prompt) for prompt in batch.prompts]
         width = max(count + limit for count, limit in zip(kept, batch.limits, strict=True))
-        mask = np.arange(width) < np.array([[len(row)] for row in rows])
-        ids = np.full(mask.shape, 0 if self.tokenizer is None else self.tokenizer.pad_token_id, np.int64)
-        ids[mask] = np.concatenate([np.asarray(row, np.int64) for row in rows])
+        ids, mask = padded(rows, width, fill=0 if self.tokenizer is None else self.tokenizer.pad_token_id)
         return ids, mask.astype(np.int64)
 
     def _limits(self, prompts: list[list[int]], max_length: int, max_new_tokens: int | None) -> list[int]:
@@ -272,9 +270,7 @@ class Seq2SeqLM(Task):
     def _batch_of_texts(self, texts: list[str], max_length: int | None, max_new_tokens: int | None) -> Batch:
         tokenizer = self._need_tokenizer("text")
         rows = [[*tokenizer.tokenize(text), tokenizer.end_token_id] for text in texts]
-        mask = np.arange(max(map(len, rows))) < np.array([[len(row)] for row in rows])
-        ids = np.full(mask.shape, tokenizer.pad_token_id, np.int64)
-        ids[mask] = np.concatenate([np.asarray(row) for row in rows])
+        ids, mask = padded(rows, max(map(len, rows)), fill=tokenizer.pad_token_id)
         prompts = [[int(tokenizer.pad_token_id)]] * len(rows)
         return Batch(prompts, self._limits(prompts, _default_length(max_length, max_new_tokens), max_new_tokens), ids, mask)
 

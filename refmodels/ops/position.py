@@ -18,7 +18,7 @@ def token_positions(ids: Int[Array, "b t"], start: Int[Array, "b"] | None = None
 
 
 @functools.cache
-def _first_distances(buckets: int, max_distance: int) -> list[int]:
+def _first_distances(buckets: int, max_distance: int) -> tuple[int, ...]:
     """The smallest distance of every bucket. Half of them hold one distance each; the rest grow by a constant ratio.
 
     The original puts distance d >= e (e exact buckets of n in all) into bucket e + floor(log(d/e) / log(max/e) * (n - e)), so
@@ -32,7 +32,7 @@ def _first_distances(buckets: int, max_distance: int) -> list[int]:
         while distance**logarithmic < max_distance**i * exact_buckets ** (logarithmic - i):  # T5-C11
             distance += 1
         firsts.append(distance)
-    return firsts
+    return tuple(firsts)
 
 
 @op(error=exact(), source="Raffel et al. 2020, section 2.1; mesh_tensorflow's _relative_position_bucket")

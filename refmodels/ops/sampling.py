@@ -41,8 +41,7 @@ def sample_token(
     probability /= probability.sum(-1, keepdims=True)
     if top_p is not None:
         before = np.cumsum(probability, -1) - probability
-        probability = np.where(before <= top_p, probability, 0.0)
-        probability[:, 1:] *= before[:, 1:] <= top_p  # the first token stays even for top_p = 0
+        probability = np.where(before <= top_p, probability, 0.0)  # before the first token is 0: it always stays
     cumulative = np.cumsum(probability, -1)
     place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
     last = (probability > 0).sum(-1) - 1  # rounding may put the point behind the last kept token
