@@ -14,7 +14,7 @@ import numpy as np
 
 from refmodels.accelerator import Accelerator, find
 from refmodels.op import Array, Op, Params, executing, executor_in_force
-from refmodels.ops.linear import embedding, linear, logits_from_embeddings
+from refmodels.ops.dense import token_scores, token_vectors
 from refmodels.ops.precision import POLICIES, compute_dtype, numpy_dtype, variable_dtype
 from refmodels.parameters import Parameter, count, draw
 
@@ -366,24 +366,24 @@ class TokenEmbedding:
         self.tie_weights: bool = getattr(backbone.config, "tie_embedding_weights", True)
 
     @property
+    def _table(self) -> Params:
+        return self._backbone.params["token_embedding"]
+
+    @property
     def embeddings(self) -> Array:
         """The table, (v, n)."""
-        table: Array = self._backbone.params["token_embedding"]["embeddings"]
-        return table
+        return self._table["embeddings"]
 
     @property
     def reverse_embeddings(self) -> Array:
         """The untied output table, (n, v)."""
         if self.tie_weights:
             raise AttributeError("the embedding is tied: its reverse is embeddings.T")
-        table: Array = self._backbone.params["token_embedding"]["reverse_embeddings"]
-        return table
+        return self._table["reverse_embeddings"]
 
     def __call__(self, inputs: Any, reverse: bool = False) -> Array:
         dtype = self._backbone.compute_dtype
         if not reverse:
-            return np.asarray(embedding(self._backbone.check_ids("token_ids", inputs), self.embeddings, dtype=dtype))
+            return np.asarray(token_vectors(self._backbone.check_ids("token_ids", inputs), self._table, dtype=dtype))
         hidden = np.asarray(inputs).astype(numpy_dtype(dtype), copy=False)
-        if self.tie_weights:
-            return np.asarray(logits_from_embeddings(hidden, self.embeddings))
-        return np.asarray(linear(hidden, self.reverse_embeddings))
+        return np.asarray(token_scores(hidden, self._table))

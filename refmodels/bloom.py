@@ -11,9 +11,10 @@ from refmodels.backbone import Backbone, Generator, check_config, check_heads
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
+from refmodels.ops.dense import dense, token_scores, token_vectors
 from refmodels.ops.elementwise import add, dropout, gelu_approximate
 from refmodels.ops.heads import merge_heads, split_heads
-from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
+from refmodels.ops.linear import last_rows
 from refmodels.ops.mask import causal_mask
 from refmodels.ops.norm import layer_norm
 from refmodels.ops.position import alibi_bias, alibi_slopes, token_positions
@@ -58,15 +59,15 @@ def bloom_attention(
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
     """Self-attention with biases; the scores are divided by sqrt(d) and then lowered by ALiBi."""
-    query = split_heads(linear(x, **p["query"]), config.num_heads)
-    key = split_heads(linear(x, **p["key"]), config.num_heads)
-    value = split_heads(linear(x, **p["value"]), config.num_heads)
+    query = split_heads(dense(x, **p["query"]), config.num_heads)
+    key = split_heads(dense(x, **p["key"]), config.num_heads)
+    value = split_heads(dense(x, **p["value"]), config.num_heads)
     if cache is not None:  # BLOOM-C9: the slot is the position
         key = cache_append(cache["key"], key, start)
         value = cache_append(cache["value"], value, start)
     scale = config.head_dim**-0.5  # BLOOM-C3: the scale does not touch the bias
     context = attention(query, key, value, mask, alibi, scale=scale, dropout_rate=config.dropout, rng=rng)
-    return linear(merge_heads(context), **p["output"])
+    return dense(merge_heads(context), **p["output"])
 
 
 @op(composite=True, mutates=("cache",))
@@ -86,8 +87,8 @@ def bloom_decoder_layer(
     h = bloom_attention(h, p["self_attention"], mask, alibi, config, cache=cache, start=start, rng=rng)
     x = add(x, dropout(h, config.dropout, rng))
     h = layer_norm(x, **p["post_attention_layernorm"], epsilon=config.layer_norm_epsilon)
-    h = gelu_approximate(linear(h, **p["mlp_intermediate_dense"]))  # BLOOM-C5
-    h = linear(h, **p["mlp_output_dense"])
+    h = gelu_approximate(dense(h, **p["mlp_intermediate_dense"]))  # BLOOM-C5
+    h = dense(h, **p["mlp_output_dense"])
     return add(x, dropout(h, config.dropout, rng))  # BLOOM-C11: no dropout between the two products
 
 
@@ -104,7 +105,7 @@ def bloom_backbone(
 ) -> Float[Array, "b t n"]:
     """Token ids to hidden states. With a cache, row i's tokens stand at the positions start[i], start[i] + 1, ..."""
     positions = token_positions(token_ids, start)
-    x = embedding(token_ids, **params["token_embedding"], dtype=compute_dtype(config.dtype))
+    x = token_vectors(token_ids, params["token_embedding"], dtype=compute_dtype(config.dtype))
     x = layer_norm(x, **params["embedding_layernorm"], epsilon=config.layer_norm_epsilon)  # BLOOM-C1
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
@@ -119,7 +120,7 @@ def bloom_backbone(
 @op(composite=True)
 def bloom_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
     """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (BLOOM-C10)."""
-    return logits_from_embeddings(hidden, **params["token_embedding"])
+    return token_scores(hidden, params["token_embedding"])
 
 
 @op(composite=True, mutates=("cache",))

@@ -5,6 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+
+class CheckpointError(ValueError):
+    """A preset, checkpoint, adapter or tokenizer on disk that is not what it should be; the message names the file."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A file of a preset or checkpoint that is not there."""
+
+
 MAX_FILE_BYTES = 64 * 2**20
 """A file other than weights above this is refused unread; the largest in use, a tokenizer's, has 15 MB."""
 
@@ -30,18 +39,18 @@ def inside(directory: Path, *names: str) -> Path:
     """
     for name in names:
         if name in {"", ".", ".."} or len(name) > 255 or any(character in name for character in "/\\\0"):
-            raise ValueError(f"{directory}: {name[:300]!r} is not a plain file name")
+            raise CheckpointError(f"{directory}: {name[:300]!r} is not a plain file name")
     shown = directory.joinpath(*names)
     root = directory.resolve()
     try:
         path = root.joinpath(*names).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links; a name that the file system cannot hold
-        raise ValueError(f"{shown}: cannot be opened: {error}") from None
+        raise CheckpointError(f"{shown}: cannot be opened: {error}") from None
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     if not any(path.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{shown}: a link that leads out of the directory, to {path}")
+        raise CheckpointError(f"{shown}: a link that leads out of the directory, to {path}")
     if not path.is_file():
-        raise FileNotFoundError(f"{shown}: no such file")
+        raise MissingFileError(f"{shown}: no such file")
     return path
 
 
@@ -50,9 +59,9 @@ def parse_json(content: bytes, source: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
+        raise CheckpointError(f"{source}: not valid JSON: {error}") from None
     if type(value) is not dict:
-        raise ValueError(f"{source}: wanted a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{source}: wanted a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -61,7 +70,7 @@ def read_bytes(directory: Path, *names: str) -> bytes:
     path = inside(directory, *names)
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{directory.joinpath(*names)}: {size} bytes, wanted at most {MAX_FILE_BYTES}")
+        raise CheckpointError(f"{directory.joinpath(*names)}: {size} bytes, wanted at most {MAX_FILE_BYTES}")
     return path.read_bytes()
 
 
@@ -81,8 +90,8 @@ def field(values: Mapping[str, Any], source: str, names: str | tuple[str, ...], 
     words, holds = KINDS[kind]
     if name is None:
         if default is REQUIRED:
-            raise ValueError(f"{source}: field {names[0]!r} is missing or null, wanted {words}")
+            raise CheckpointError(f"{source}: field {names[0]!r} is missing or null, wanted {words}")
         return default
     if not holds(values[name]):
-        raise ValueError(f"{source}: field {name!r} is {str(values[name])[:100]!r}, wanted {words}")
+        raise CheckpointError(f"{source}: field {name!r} is {str(values[name])[:100]!r}, wanted {words}")
     return values[name]

@@ -12,9 +12,10 @@ from refmodels.backbone import Backbone, Generator, check_config, check_heads, c
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
+from refmodels.ops.dense import dense, token_scores, token_vectors
 from refmodels.ops.elementwise import add, dropout, relu
 from refmodels.ops.heads import merge_heads, split_heads
-from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
+from refmodels.ops.linear import embedding, last_rows
 from refmodels.ops.mask import causal_mask
 from refmodels.ops.norm import layer_norm
 from refmodels.ops.position import token_positions
@@ -60,15 +61,15 @@ def opt_attention(
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
     """Self-attention with biases; the scores are divided by sqrt(d)."""
-    query = split_heads(linear(x, **p["query"]), config.num_heads)
-    key = split_heads(linear(x, **p["key"]), config.num_heads)
-    value = split_heads(linear(x, **p["value"]), config.num_heads)
+    query = split_heads(dense(x, **p["query"]), config.num_heads)
+    key = split_heads(dense(x, **p["key"]), config.num_heads)
+    value = split_heads(dense(x, **p["value"]), config.num_heads)
     if cache is not None:  # OPT-C9: the slot is the position
         key = cache_append(cache["key"], key, start)
         value = cache_append(cache["value"], value, start)
     scale = config.head_dim**-0.5  # OPT-C3
     context = attention(query, key, value, mask, scale=scale, dropout_rate=config.dropout, rng=rng)
-    return linear(merge_heads(context), **p["output"])
+    return dense(merge_heads(context), **p["output"])
 
 
 @op(composite=True, mutates=("cache",))
@@ -87,8 +88,8 @@ def opt_decoder_layer(
     h = opt_attention(h, p["self_attention"], mask, config, cache=cache, start=start, rng=rng)
     x = add(x, dropout(h, config.dropout, rng))
     h = layer_norm(x, **p["feedforward_layer_norm"], epsilon=EPSILON)
-    h = relu(linear(h, **p["feedforward_intermediate_dense"]))
-    h = linear(h, **p["feedforward_output_dense"])
+    h = relu(dense(h, **p["feedforward_intermediate_dense"]))
+    h = dense(h, **p["feedforward_output_dense"])
     return add(x, dropout(h, config.dropout, rng))  # OPT-C5: no dropout between the two products
 
 
@@ -109,7 +110,7 @@ def opt_backbone(
     if position_ids is None:
         position_ids = positions  # OPT-C1: padding does not shift them
     dtype = compute_dtype(config.dtype)
-    token = embedding(token_ids, **params["token_embedding"], dtype=dtype)
+    token = token_vectors(token_ids, params["token_embedding"], dtype=dtype)
     x = add(token, embedding(position_ids, **params["position_embedding"], dtype=dtype))
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
@@ -122,7 +123,7 @@ def opt_backbone(
 @op(composite=True)
 def opt_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
     """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (OPT-C8)."""
-    return logits_from_embeddings(hidden, **params["token_embedding"])
+    return token_scores(hidden, params["token_embedding"])
 
 
 @op(composite=True, mutates=("cache",))

@@ -16,7 +16,7 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomCausalLM
-from refmodels.files import field, read_json
+from refmodels.files import CheckpointError, MissingFileError, field, read_json
 from refmodels.op import Array, Params
 from refmodels.ops.precision import numpy_dtype
 from refmodels.opt import OPTCausalLM
@@ -223,14 +223,14 @@ def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, *
     directory = located.fetch()
     source = str(directory / "config.json")
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise ValueError(f"{directory / 'adapter_config.json'}: LoRA adapters are not supported, load the base model")
+        raise CheckpointError(f"{directory / 'adapter_config.json'}: LoRA adapters are not supported, load the base model")
     config = read_json(directory, "config.json")
     if "registered_name" in config:
         load = _load_keras
     elif "model_type" in config:
         load = _load_huggingface
     else:
-        raise ValueError(f"{source}: field 'registered_name' (KerasHub) or 'model_type' (Hugging Face) is missing")
+        raise CheckpointError(f"{source}: field 'registered_name' (KerasHub) or 'model_type' (Hugging Face) is missing")
     return cast(B, load(cls, directory, config, load_weights, kwargs))
 
 
@@ -265,7 +265,7 @@ def _load_keras(
         name = _weight_file(directory, "model.weights.h5", "model.weights.json")
         with keras_h5.open_tensors(directory, name) as tensors:
             if any(tensor.startswith("lora/") for tensor in tensors):
-                raise ValueError(f"{directory / name}: LoRA adapters are not supported, load the base model")
+                raise CheckpointError(f"{directory / name}: LoRA adapters are not supported, load the base model")
             backbone.params = _assemble(
                 backbone,
                 tensors,
@@ -308,7 +308,7 @@ def _weight_file(directory: Path, *names: str) -> str:
     for name in names:
         if (directory / name).exists():
             return name
-    raise FileNotFoundError(f"{directory}: no weight file, wanted {' or '.join(names)}")
+    raise MissingFileError(f"{directory}: no weight file, wanted {' or '.join(names)}")
 
 
 def _keras_class_name(config: Mapping[str, Any], source: str) -> str:
@@ -316,14 +316,14 @@ def _keras_class_name(config: Mapping[str, Any], source: str) -> str:
     package, _, name = registered.rpartition(">")
     if package not in {"keras_hub", "keras_nlp"} or name not in MODELS:
         wanted = ", ".join(f"keras_hub>{known}" for known in MODELS)
-        raise ValueError(f"{source}: field 'registered_name' is {registered!r}, wanted one of {wanted}")
+        raise CheckpointError(f"{source}: field 'registered_name' is {registered!r}, wanted one of {wanted}")
     return name
 
 
 def _keras_arguments(config: Any, family: str, source: str) -> dict[str, Any]:
     """The constructor arguments in a KerasHub config, each checked."""
     if type(config) is not dict:
-        raise ValueError(f"{source}: field 'config' is {type(config).__name__}, wanted an object of constructor arguments")
+        raise CheckpointError(f"{source}: field 'config' is {type(config).__name__}, wanted an object of constructor arguments")
     arguments = {name: field(config, source, name, kind) for name, kind in _SIZES.items()}
     optional = _OPTIONAL | _OF_FAMILY[family]
     for name, value in config.items():
@@ -332,11 +332,13 @@ def _keras_arguments(config: Any, family: str, source: str) -> dict[str, Any]:
             arguments[name] = None if nullable else field(config, source, name, optional[name])
         elif name == "activation" and family == "t5":
             if value is not None and not isinstance(value, str | dict):
-                raise ValueError(f"{source}: field 'activation' is {str(value)[:100]!r}, wanted a name or a function object")
+                raise CheckpointError(
+                    f"{source}: field 'activation' is {str(value)[:100]!r}, wanted a name or a function object"
+                )
             arguments[name] = value
         elif name not in _SIZES and name != "dtype":
             wanted = ", ".join((*_SIZES, *optional, "dtype", *(["activation"] if family == "t5" else [])))
-            raise ValueError(f"{source}: field {name!r} is unknown, wanted {wanted}")
+            raise CheckpointError(f"{source}: field {name!r} is unknown, wanted {wanted}")
     return arguments | {"dtype": config.get("dtype")}  # like activation, the class reads every form of it
 
 
@@ -356,7 +358,7 @@ def _construct(model: type[Backbone], arguments: dict[str, Any], kwargs: dict[st
     try:
         return model(**(arguments | given))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _assemble(
@@ -389,7 +391,7 @@ def _assemble(
     problems += [f"tensor {name!r} is surplus" for name in tensors if name not in used and not ignorable(name)]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{file} does not fit this {type(backbone).__name__}: {'; '.join(problems[:8])}{more}")
+        raise CheckpointError(f"{file} does not fit this {type(backbone).__name__}: {'; '.join(problems[:8])}{more}")
     target = numpy_dtype(backbone.variable_dtype)
 
     def leaf(parameter: Parameter) -> Array:

@@ -12,9 +12,10 @@ from refmodels.backbone import Backbone, Generator, check_config, check_heads
 from refmodels.op import Array, Bool, Float, Int, Op, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
+from refmodels.ops.dense import dense, token_scores, token_vectors
 from refmodels.ops.elementwise import add, dropout, gelu, gelu_approximate, linear_activation, multiply, relu, silu
 from refmodels.ops.heads import merge_heads, split_heads
-from refmodels.ops.linear import embedding, last_rows, linear, logits_from_embeddings
+from refmodels.ops.linear import last_rows
 from refmodels.ops.mask import causal_mask, key_mask
 from refmodels.ops.norm import rms_norm
 from refmodels.ops.position import relative_position_bias, relative_position_buckets, token_positions
@@ -80,7 +81,7 @@ class T5Config:
 @op(composite=True)
 def t5_keys_values(x: Float[Array, "b s n"], p: Params, config: T5Config) -> Params:
     """Keys and values (b, s, h, d) of one attention layer."""
-    return {name: split_heads(linear(x, **p[name]), config.num_heads) for name in ("key", "value")}
+    return {name: split_heads(dense(x, **p[name]), config.num_heads) for name in ("key", "value")}
 
 
 @op(composite=True)
@@ -95,9 +96,9 @@ def t5_attention(
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
     """Attention of x to the given keys and values. T5-C1: the scores are not divided by sqrt(d)."""
-    query = split_heads(linear(x, **p["query"]), config.num_heads)
+    query = split_heads(dense(x, **p["query"]), config.num_heads)
     context = attention(query, **keys_values, mask=mask, bias=bias, scale=1.0, dropout_rate=config.dropout, rng=rng)
-    return linear(merge_heads(context), **p["output"], dtype=config.residual_dtype)
+    return dense(merge_heads(context), **p["output"], dtype=config.residual_dtype)
 
 
 @op(composite=True, mutates=("cache",))
@@ -143,11 +144,11 @@ def t5_feedforward(
 ) -> Float[Array, "b t n"]:
     """x + Wo f(norm(x)), where f(y) is act(Wi y), or with a gate act(Wi y) * (Wg y)."""
     h = rms_norm(x, **p["layer_norm"], epsilon=config.layer_norm_epsilon, dtype=compute_dtype(config.dtype))
-    inner = ACTIVATIONS[config.activation](linear(h, **p["input_projector"]))  # T5-C13: the gate is not activated
+    inner = ACTIVATIONS[config.activation](dense(h, **p["input_projector"]))  # T5-C13: the gate is not activated
     if config.use_gated_activation:
-        inner = multiply(inner, linear(h, **p["gate_projector"]))
+        inner = multiply(inner, dense(h, **p["gate_projector"]))
     # T5-C20: dropout here too, between the two products.
-    h = linear(dropout(inner, config.dropout, rng), **p["output_projector"], dtype=config.residual_dtype)
+    h = dense(dropout(inner, config.dropout, rng), **p["output_projector"], dtype=config.residual_dtype)
     return add(x, dropout(h, config.dropout, rng))
 
 
@@ -163,7 +164,7 @@ def t5_encoder(
     """Token ids to the encoder's output, its final norm included (T5-C14)."""
     p = params["encoder"]
     # T5-C17: not multiplied by sqrt(n).
-    x = embedding(token_ids, params["token_embedding"]["embeddings"], dtype=config.residual_dtype)
+    x = token_vectors(token_ids, params["token_embedding"], dtype=config.residual_dtype)
     x = dropout(x, config.dropout, rng)
     mask = key_mask(padding_mask)
     buckets = relative_position_buckets(token_positions(token_ids), token_ids.shape[1], bidirectional=True)
@@ -198,7 +199,7 @@ def t5_decoder(
     """Token ids to the decoder's output. With a cache, row i's tokens stand at start[i], start[i] + 1, ..."""
     p = params["decoder"]
     positions = token_positions(token_ids, start)
-    x = embedding(token_ids, params["token_embedding"]["embeddings"], dtype=config.residual_dtype)
+    x = token_vectors(token_ids, params["token_embedding"], dtype=config.residual_dtype)
     x = dropout(x, config.dropout, rng)
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
@@ -234,10 +235,8 @@ def t5_backbone(
 @op(composite=True)
 def t5_logits(hidden: Float[Array, "*b n"], params: Params, config: T5Config) -> Float[Array, "*b v"]:
     """Scores of the next token. T5-C6: a tied head scales the hidden state by n**-0.5, an untied one does not."""
-    table = params["token_embedding"]
-    if config.tie_embedding_weights:
-        return logits_from_embeddings(hidden, table["embeddings"], scale=config.hidden_dim**-0.5)
-    return linear(hidden, table["reverse_embeddings"])
+    scale = config.hidden_dim**-0.5 if config.tie_embedding_weights else 1.0
+    return token_scores(hidden, params["token_embedding"], scale=scale)
 
 
 @op(composite=True)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from refmodels.files import inside, read_json
+from refmodels.files import CheckpointError, inside, read_json
 from refmodels.tokenizers import FAMILIES, T5Tokenizer, Tokenizer, argument_names, checked_vocabulary, quoted
 
 
@@ -29,7 +29,7 @@ def load_tokenizer(directory: str | Path, family: str | None = None, **options: 
     if "class_name" in data:
         return _load_keras_hub(root, data, family, options)
     if data and "model" not in data:
-        raise ValueError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
+        raise CheckpointError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
     return _load_hugging_face(root, data, family, options)
 
 
@@ -38,17 +38,17 @@ def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, option
     found = {c.__name__: c for c in FAMILIES.values()}.get(str(data["class_name"]))
     wanted = [c.__name__ for c in FAMILIES.values() if family in (None, c._family)]
     if found is None or found.__name__ not in wanted:
-        raise ValueError(f"{file} describes a {data['class_name']}, wanted {quoted(wanted)}")
+        raise CheckpointError(f"{file} describes a {data['class_name']}, wanted {quoted(wanted)}")
     config: Any = data.get("config")
     if not isinstance(config, dict):
-        raise ValueError(f'{file} must hold "config" as an object, found {type(config).__name__}')
+        raise CheckpointError(f'{file} must hold "config" as an object, found {type(config).__name__}')
     dtype = config.get("dtype", "int32")
     while isinstance(dtype, dict):  # a serialized DTypePolicy; the oldest files have a plain string
         dtype = dtype.get("config", dtype.get("name"))
     of_keras = ("trainable", "config_file", "proto", "vocabulary", "merges")  # the assets are files of their own
     arguments = {k: v for k, v in config.items() if k not in of_keras}
     if surplus := arguments.keys() - set(argument_names(found)):
-        raise ValueError(f"{file} has the unknown setting {quoted(sorted(surplus))} for {found.__name__}")
+        raise CheckpointError(f"{file} has the unknown setting {quoted(sorted(surplus))} for {found.__name__}")
     assets = ["vocabulary.spm"] if found is T5Tokenizer else ["vocabulary.json", "merges.txt"]
     paths: list[Any] = [inside(root, "assets", "tokenizer", name) for name in assets]
     return found(*paths, **(arguments | {"dtype": dtype} | options))
@@ -62,7 +62,7 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
     stated = name.split(">")[-1].removesuffix("Backbone").lower()
     if (family or stated) not in FAMILIES or (family and stated in FAMILIES and stated != family):
         wanted = repr(family) if family else f"{quoted(FAMILIES)}: pass family="
-        raise ValueError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
+        raise CheckpointError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
     family = family or stated
     if family == "t5":
         proto = inside(root, "spiece.model")
@@ -78,16 +78,16 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
         return found(inside(root, "vocab.json"), inside(root, "merges.txt"), **options)
     file, model, added = root / "tokenizer.json", data["model"], data.get("added_tokens") or []
     if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys() or model.get("type", "BPE") != "BPE":
-        raise ValueError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
+        raise CheckpointError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
     sound = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
     if not sound:
-        raise ValueError(f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
+        raise CheckpointError(f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
     try:
         options = {"unsplittable_tokens": [t["content"] for t in added]} | options
         vocabulary = checked_vocabulary(model["vocab"], "vocab") | {t["content"]: t.get("id") for t in added}
         return found(vocabulary, model["merges"], **options)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _optional_json(root: Path, name: str) -> dict[str, Any]:

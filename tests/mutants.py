@@ -647,7 +647,7 @@ mutate(
     opt.opt_decoder_layer,
     "OPT: norm after the residual",
     "the feed-forward layer is normalised behind the sum, as opt-350m does",
-    ('h = layer_norm(x, **p["feedforward_layer_norm"], epsilon=EPSILON)\n    h = relu(linear(h,', "h = relu(linear(x,"),
+    ('h = layer_norm(x, **p["feedforward_layer_norm"], epsilon=EPSILON)\n    h = relu(dense(h,', "h = relu(dense(x,"),
     (
         "return add(x, dropout(h, config.dropout, rng))",
         'return layer_norm(add(x, dropout(h, config.dropout, rng)), **p["feedforward_layer_norm"], epsilon=EPSILON)',
@@ -710,8 +710,8 @@ mutate(
     "OPT: dropout between the two products",
     "T5 drops there, OPT does not",
     (
-        'h = linear(h, **p["feedforward_output_dense"])',
-        'h = linear(dropout(h, config.dropout, rng), **p["feedforward_output_dense"])',
+        'h = dense(h, **p["feedforward_output_dense"])',
+        'h = dense(dropout(h, config.dropout, rng), **p["feedforward_output_dense"])',
     ),
     areas="dropout_sites",
 )
@@ -785,10 +785,10 @@ mutate(
     "T5: gate and input swapped",
     "the activation is applied to the gate",
     (
-        'linear(h, **p["input_projector"])',
-        'linear(h, **p["gate_projector" if config.use_gated_activation else "input_projector"])',
+        'dense(h, **p["input_projector"])',
+        'dense(h, **p["gate_projector" if config.use_gated_activation else "input_projector"])',
     ),
-    ('linear(h, **p["gate_projector"]))', 'linear(h, **p["input_projector"]))'),
+    ('dense(h, **p["gate_projector"]))', 'dense(h, **p["input_projector"]))'),
     areas="t5_gated",
 )
 mutate(
@@ -809,7 +809,7 @@ mutate(
     t5.t5_logits,
     "T5: untied head scaled",
     "n**-0.5 where the original has none",
-    ('linear(hidden, table["reverse_embeddings"])', 'linear(hidden * config.hidden_dim**-0.5, table["reverse_embeddings"])'),
+    ("config.hidden_dim**-0.5 if config.tie_embedding_weights else 1.0", "config.hidden_dim**-0.5"),
     areas="t5_gated",
 )
 set_attribute(

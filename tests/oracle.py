@@ -53,6 +53,10 @@ def multiply(x, y):
     return build(x.shape, lambda *i: x[i] * y[i])
 
 
+def scaled(x, factor):
+    return build(x.shape, lambda *i: factor * x[i])
+
+
 def relu(x):
     return build(x.shape, lambda *i: 0.0 if x[i] <= 0 else x[i])
 
@@ -130,6 +134,20 @@ def linear(x, kernel, bias=None, *, dtype=None):
         return math.fsum([*terms, bias[(column,)]] if bias is not None else terms)
 
     return build((*x.shape[:-1], n), element)
+
+
+def lora_product(x, lora_kernel_a, lora_kernel_b, lora_scale, *, dtype=None):
+    k, groups, rank = lora_kernel_a.shape
+    columns = lora_kernel_b.shape[1]
+
+    def element(*i):
+        *row, column = i
+        group, place = divmod(column, columns)
+        return lora_scale[()] * math.fsum(
+            x[(*row, j)] * lora_kernel_a[j, group, r] * lora_kernel_b[r, place] for j in range(k) for r in range(rank)
+        )
+
+    return build((*x.shape[:-1], groups * columns), element)
 
 
 def embedding(ids, embeddings, *, dtype=None):
@@ -386,7 +404,8 @@ def beam_candidates(logits, scores, count):
 ORACLES = {
     function.__name__: function
     for function in (
-        add, multiply, relu, gelu, gelu_approximate, silu, linear_activation, dropout, split_heads, merge_heads, linear,
+        add, multiply, scaled, relu, gelu, gelu_approximate, silu, linear_activation, dropout, split_heads, merge_heads,
+        linear, lora_product,
         embedding, logits_from_embeddings, last_rows, causal_mask, key_mask, token_positions, relative_position_buckets,
         relative_position_bias, alibi_slopes, alibi_bias, layer_norm, rms_norm, attention_scores, masked_softmax,
         attention_context, cache_allocate, cache_append, cache_select, log_softmax, greedy_token, sample_token,

@@ -156,6 +156,11 @@ def case_multiply(d):
 
 
 @case
+def case_scaled(d):
+    return Case((d.floats(*d.lead(), d.size("n")), d.pick(1.0, 0.37, 5**-0.5, label="factor")), dtype=d.dtype)
+
+
+@case
 def case_relu(d):
     return Case((d.floats(*d.lead(), d.size("n"), spikes=(np.inf, -np.inf, np.nan)),), dtype=d.dtype)
 
@@ -229,6 +234,19 @@ def case_linear(d):
     bias = d.floats(n, limit=1e12) if d.pick(True, False, label="with bias") else None
     dtype = d.pick(None, "float32", d.dtype, label="dtype of the result")
     return Case((x, kernel, bias), {"dtype": dtype}, dtype=dtype or d.dtype)
+
+
+@case
+def case_lora_product(d):
+    k, groups, rank, columns = d.size("k"), d.size("g", 1, 3), d.size("r", 1, 3), d.size("o", high=4)
+    x, a, b = d.floats(*d.lead(), k, limit=1e4), d.floats(k, groups, rank, limit=1e4), d.floats(rank, columns, limit=1e4)
+    scale = np.float32(d.pick(1.0, 0.5, -3.7, label="scale"))
+    dtype = d.pick(None, "float32", d.dtype, label="dtype of the result")
+    inner = np.abs(f64(x)) @ np.abs(f64(a)).reshape(k, groups * rank)
+    inner = inner.reshape(*x.shape[:-1], groups, rank) @ np.abs(f64(b)) * abs(float(scale))
+    condition = inner.reshape(*x.shape[:-1], groups * columns)
+    args = (x, a, b, np.asarray(scale))
+    return Case(args, {"dtype": dtype}, dtype=dtype or d.dtype, condition=condition, terms=k + rank + 2)
 
 
 @case
@@ -567,7 +585,7 @@ def test_each_row_is_computed_alone(name, data):
     bound = op.signature.bind(*case.args, **case.kwargs).arguments
     got = call(op, case)
     assume(got.ndim > 0 and got.size)
-    rowwise = [a for a in bound if a in op.shapes and op.shapes[a].dims[0] in ("*b", "*#b", "b")]
+    rowwise = [a for a in bound if a in op.shapes and op.shapes[a].dims[:1] in (("*b",), ("*#b",), ("b",))]
     leading = got.ndim - (op.result.dims[0].startswith("*") and len(op.result.dims) - 1)
     row = data.draw(st.integers(0, got.shape[0] - 1)) if leading else 0
 

@@ -188,7 +188,7 @@ def test_each_section_names_the_ops_of_its_composite(model):
 
 
 def test_an_op_that_a_section_lacks_or_has_too_much_is_found():
-    bad = text("opt").replace("| `linear`, `relu` |", "| `linear`, `gelu` |")
+    bad = text("opt").replace("| `dense`, `relu` |", "| `dense`, `gelu` |")
     assert op_gaps("opt", bad) == {"opt_decoder_layer": {"relu", "gelu"}}
 
 

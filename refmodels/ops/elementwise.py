@@ -23,6 +23,12 @@ def multiply(x: Float[Array, "*b n"], y: Float[Array, "*b n"]) -> Float[Array, "
     return narrow(wide(x) * wide(y), x.dtype)
 
 
+@op(error=ulps(1), laws=("elementwise",))
+def scaled(x: Float[Array, "*b n"], factor: float) -> Float[Array, "*b n"]:
+    """factor * x, in the type of x."""
+    return narrow(wide(x) * factor, x.dtype)
+
+
 @op(error=exact(), laws=("elementwise",))
 def relu(x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
     """max(x, 0)."""

@@ -51,3 +51,23 @@ def last_rows(x: Float[Array, "b t n"], lengths: Int[Array, "b"] | None = None) 
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= x.shape[1]:
         raise ValueError(f"last_rows: lengths are {lengths.min()} to {lengths.max()}, wanted 1 to {x.shape[1]}")
     return x[np.arange(len(x)), lengths - 1]
+
+
+@op(laws=("rowwise",), source="Hu et al. 2021; Keras' EinsumDense for heads")
+def lora_product(
+    x: Float[Array, "*b k"],
+    lora_kernel_a: Float[Array, "k g r"],
+    lora_kernel_b: Float[Array, "r o"],
+    lora_scale: Float[Array, ""],
+    *,
+    dtype: str | None = None,
+) -> Float[Array, "*b n"]:
+    """lora_scale * (x @ a @ b) for each of g groups of columns, which share b: n = g * o, and r is the rank.
+
+    An adapter of a plain matrix has one group. Keras' adapter of a matrix that makes heads has one for each head.
+    """
+    size, groups, rank = lora_kernel_a.shape
+    count = math.prod(x.shape[:-1])
+    inner = wide(x).reshape(count, size) @ wide(lora_kernel_a).reshape(size, groups * rank)
+    y = inner.reshape(count * groups, rank) @ wide(lora_kernel_b) * wide(lora_scale)
+    return narrow(y.reshape(*x.shape[:-1], groups * lora_kernel_b.shape[1]), numpy_dtype(dtype) if dtype else x.dtype)

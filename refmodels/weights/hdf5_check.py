@@ -10,6 +10,8 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
+from refmodels.files import CheckpointError
+
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 MAX_BLOCKS = 1_000_000
@@ -29,7 +31,7 @@ def check(path: Path, source: str) -> None:
         try:
             _Walk(file).run()
         except ValueError as error:
-            raise ValueError(f"{source}: not a readable HDF5 file, perhaps truncated: {error}") from None
+            raise CheckpointError(f"{source}: not a readable HDF5 file, perhaps truncated: {error}") from None
 
 
 class _Walk:

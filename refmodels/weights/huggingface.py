@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refmodels.files import field
+from refmodels.files import CheckpointError, field
 from refmodels.op import Array
 from refmodels.parameters import Parameter
 from refmodels.weights.tensor import Tensor
@@ -63,9 +63,9 @@ def arguments(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     model_type = str(config.get("model_type"))
     if model_type not in CLASSES:
-        raise ValueError(f"{source}: field 'model_type' is {model_type!r}, wanted one of {', '.join(CLASSES)}")
+        raise CheckpointError(f"{source}: field 'model_type' is {model_type!r}, wanted one of {', '.join(CLASSES)}")
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{source}: field 'quantization_config': quantised checkpoints are not supported")
+        raise CheckpointError(f"{source}: field 'quantization_config': quantised checkpoints are not supported")
     return {"T5Backbone": _t5, "OPTBackbone": _opt, "BloomBackbone": _bloom}[CLASSES[model_type]](config, source)
 
 
@@ -73,7 +73,9 @@ def _only(config: Mapping[str, Any], source: str, name: str, wanted: Any, class_
     """The field must be absent, null or what it is in every model that the class can hold."""
     found = config.get(name)
     if found is not None and found != wanted:
-        raise ValueError(f"{source}: field {name!r} is {found!r}: {class_name} can only hold models where it is {wanted!r}")
+        raise CheckpointError(
+            f"{source}: field {name!r} is {found!r}: {class_name} can only hold models where it is {wanted!r}"
+        )
 
 
 def _t5(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _t5(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if (gate, function) == ("gated", "gelu"):
         function = "gelu_new"  # the name says gelu, the function has always been the tanh form
     if gate not in {"", "gated"} or function not in _ACTIVATIONS:
-        raise ValueError(
+        raise CheckpointError(
             f"{source}: field 'feed_forward_proj' is {config['feed_forward_proj']!r}, wanted one of "
             f"{', '.join(sorted(_ACTIVATIONS))}, or gated- and one of them"
         )
@@ -162,13 +164,13 @@ def check_head(tensors: Mapping[str, Tensor], family: str, config: Mapping[str, 
     alone = family == "opt" and embeddings is None  # some files keep of the two names for one tensor only this
     tied = head is None or alone or (embeddings is not None and np.array_equal(head.read(), embeddings.read()))
     if family == "t5" and tied != config["tie_embedding_weights"]:
-        raise ValueError(
+        raise CheckpointError(
             f"{source}: the output head is {'tied' if tied else f'a separate {HEAD}'} but its logits are "
             f"{'not ' if tied else ''}scaled (scale_decoder_outputs, else tie_word_embeddings): T5Backbone can hold "
             "only a tied head with scaled logits or a separate one with unscaled logits"
         )
     if family != "t5" and not tied:
-        raise ValueError(f"{source}: {HEAD} differs from the token embeddings: the class can hold only a tied head")
+        raise CheckpointError(f"{source}: {HEAD} differs from the token embeddings: the class can hold only a tied head")
 
 
 def names(parameter: Parameter, start: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refmodels.files import inside, read_json
+from refmodels.files import CheckpointError, inside, read_json
 from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights import hdf5_check
@@ -60,19 +60,21 @@ def _open_shards(stack: ExitStack, directory: Path, name: str) -> dict[str, Tens
     groups = {shard: {dataset.rpartition("/")[0] for dataset in found} for shard, found in shards.items()}
     for group, files in promised.items():
         if missing := [file for file in files if group.removeprefix("/") not in groups[file]]:
-            raise ValueError(f"{index}: group {group[:300]!r} has no dataset in shard {missing[0]}, where the index puts it")
+            raise CheckpointError(
+                f"{index}: group {group[:300]!r} has no dataset in shard {missing[0]}, where the index puts it"
+            )
     tensors: dict[str, Tensor] = {}
     for found in shards.values():
         for dataset, tensor in found.items():
             if dataset in tensors:
                 other = tensors[dataset].file.name
-                raise ValueError(f"{index}: dataset {dataset!r} is in two shards, {other} and {tensor.file.name}")
+                raise CheckpointError(f"{index}: dataset {dataset!r} is in two shards, {other} and {tensor.file.name}")
             tensors[dataset] = tensor
     metadata = read_json(directory, name).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
     if stated is not None and stated != total:
-        raise ValueError(f"{index}: field 'total_size' is {str(stated)[:100]}, the datasets have {total} bytes")
+        raise CheckpointError(f"{index}: field 'total_size' is {str(stated)[:100]}, the datasets have {total} bytes")
     return tensors
 
 
@@ -86,7 +88,7 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
     try:
         file = stack.enter_context(h5py.File(path, "r"))
     except OSError as error:
-        raise ValueError(f"{shown}: not a readable HDF5 file, perhaps truncated: {error}") from None
+        raise CheckpointError(f"{shown}: not a readable HDF5 file, perhaps truncated: {error}") from None
     return _list_datasets(file, shown, path.stat().st_size)
 
 
@@ -103,41 +105,43 @@ def _list_datasets(file: Any, shown: Path, size: int) -> dict[str, Tensor]:
                 name = f"{prefix}{key}"
                 link = group.get(key, getlink=True)
                 if type(link) is not h5py.HardLink:
-                    raise ValueError(f"{shown}: {name!r} is a {type(link).__name__}: links are not followed")
+                    raise CheckpointError(f"{shown}: {name!r} is a {type(link).__name__}: links are not followed")
                 item = group[key]
                 address = h5py.h5o.get_info(item.id).addr
                 if address in seen or len(seen) > MAX_OBJECTS:
-                    raise ValueError(f"{shown}: {name!r} is stored twice, or the file holds over {MAX_OBJECTS} objects")
+                    raise CheckpointError(f"{shown}: {name!r} is stored twice, or the file holds over {MAX_OBJECTS} objects")
                 seen.add(address)
                 if isinstance(item, h5py.Group):
                     groups.append((f"{name}/", item))
                 elif isinstance(item, h5py.Dataset):
                     tensors[name] = _tensor(item, shown, name, size)
     except (OSError, RuntimeError, KeyError, TypeError, UnicodeError) as error:  # what h5py raises for damaged structures
-        raise ValueError(f"{shown}: damaged HDF5 file: {error}") from None
+        raise CheckpointError(f"{shown}: damaged HDF5 file: {error}") from None
     if sum(tensor.nbytes for tensor in tensors.values()) > size:
-        raise ValueError(f"{shown}: the datasets declare more bytes than the {size} of the file")
+        raise CheckpointError(f"{shown}: the datasets declare more bytes than the {size} of the file")
     return tensors
 
 
 def _tensor(dataset: Any, shown: Path, name: str, size: int) -> Tensor:
     if dataset.is_virtual or dataset.external:
-        raise ValueError(f"{shown}: dataset {name!r} keeps its values in other files: not read")
+        raise CheckpointError(f"{shown}: dataset {name!r} keeps its values in other files: not read")
     if dataset.shape is None:
-        raise ValueError(f"{shown}: dataset {name!r} has no shape")
+        raise CheckpointError(f"{shown}: dataset {name!r} has no shape")
     if dataset.chunks is not None:
-        raise ValueError(f"{shown}: dataset {name!r} is stored in chunks, wanted in one piece, as Keras stores it")
+        raise CheckpointError(f"{shown}: dataset {name!r} is stored in chunks, wanted in one piece, as Keras stores it")
     dtype = dataset.dtype
     # Keras marks bfloat16 by an attribute "dtype". It is a string of variable length, which is never read: with a damaged
     # one the C library does not end, or fills gigabytes. Keras gives the attribute to no other type.
     if dtype == np.dtype("V2") and "dtype" in dataset.attrs:
         dtype = numpy_dtype("bfloat16")
     elif dtype.kind not in "fiubV" or dtype.names:
-        raise ValueError(f"{shown}: dataset {name!r} has dtype {dtype}, wanted numbers")
+        raise CheckpointError(f"{shown}: dataset {name!r} has dtype {dtype}, wanted numbers")
     tensor = Tensor(shown, name, tuple(dataset.shape), dtype, partial(_read, dataset, shown, name, dtype))
     stored = min(dataset.id.get_storage_size(), size)
     if tensor.nbytes > stored:
-        raise ValueError(f"{shown}: dataset {name!r} declares {dtype} {tensor.shape}, {tensor.nbytes} bytes, stores {stored}")
+        raise CheckpointError(
+            f"{shown}: dataset {name!r} declares {dtype} {tensor.shape}, {tensor.nbytes} bytes, stores {stored}"
+        )
     return tensor
 
 
@@ -145,5 +149,5 @@ def _read(dataset: Any, shown: Path, name: str, dtype: np.dtype) -> Array:
     try:
         values: Array = dataset[()]
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{shown}: dataset {name!r} cannot be read, damaged: {error}") from None
+        raise CheckpointError(f"{shown}: dataset {name!r} cannot be read, damaged: {error}") from None
     return np.asarray(values).view(dtype) if dtype != dataset.dtype else np.asarray(values)

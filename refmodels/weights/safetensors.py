@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from refmodels.files import inside
+from refmodels.files import CheckpointError, inside
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights.shards import open_checkpoint
 from refmodels.weights.tensor import Tensor
@@ -46,14 +46,14 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
     try:  # it checks that the header fits the file and that the tensors fill it without gaps or overlaps
         file = stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{shown}: not a sound safetensors file, or truncated: {error}") from None
+        raise CheckpointError(f"{shown}: not a sound safetensors file, or truncated: {error}") from None
     tensors: dict[str, Tensor] = {}
     for tensor in file.keys():  # noqa: SIM118  it is no mapping
         view = file.get_slice(tensor)
         code = str(view.get_dtype())
         if code not in DTYPES:
             label = f"{shown}: tensor {tensor[:300]!r}"
-            raise ValueError(f"{label}: dtype {code!r} is not supported, wanted one of {', '.join(DTYPES)}")
+            raise CheckpointError(f"{label}: dtype {code!r} is not supported, wanted one of {', '.join(DTYPES)}")
         shape, dtype = tuple(view.get_shape()), numpy_dtype(DTYPES[code])
         tensors[tensor] = Tensor(shown, tensor, shape, dtype, partial(file.get_tensor, tensor))
     return tensors

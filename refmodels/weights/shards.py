@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from refmodels.files import read_json
+from refmodels.files import CheckpointError, read_json
 from refmodels.weights.tensor import Tensor
 
 INDEX_SUFFIX = ".index.json"
@@ -22,7 +22,7 @@ def read_index(directory: Path, name: str) -> dict[str, tuple[str, ...]]:
             isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value) for value in files.values()
         ):
             return {key: tuple(value) for key, value in files.items()}
-    raise ValueError(f"{directory / name}: field 'weight_map' must map names to names of files")
+    raise CheckpointError(f"{directory / name}: field 'weight_map' must map names to names of files")
 
 
 def open_checkpoint(stack: ExitStack, directory: Path, name: str, open_file: OpenFile) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def open_checkpoint(stack: ExitStack, directory: Path, name: str, open_file: Ope
         return open_file(stack, directory, name)
     index, promised = directory / name, read_index(directory, name)
     if several := next((tensor for tensor, files in promised.items() if len(files) > 1), None):
-        raise ValueError(f"{index}: field 'weight_map' names several files for tensor {several[:300]!r}, wanted one")
+        raise CheckpointError(f"{index}: field 'weight_map' names several files for tensor {several[:300]!r}, wanted one")
     of_shard: dict[str, set[str]] = {}
     for tensor, (shard,) in promised.items():
         of_shard.setdefault(shard, set()).add(tensor)
@@ -42,6 +42,6 @@ def open_checkpoint(stack: ExitStack, directory: Path, name: str, open_file: Ope
         found = open_file(stack, directory, shard)
         if difference := sorted(wanted ^ found.keys()):
             where = "the index alone" if difference[0] in wanted else "the shard alone"
-            raise ValueError(f"{index}: tensor {difference[0][:300]!r} of shard {shard} is in {where}")
+            raise CheckpointError(f"{index}: tensor {difference[0][:300]!r} of shard {shard} is in {where}")
         tensors |= found
     return tensors

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refmodels.files import inside
+from refmodels.files import CheckpointError, inside
 from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights.shards import open_checkpoint
@@ -60,14 +60,14 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
         records = _records(file, shown, size)
         order = _content(file, records, "byteorder", shown) if "byteorder" in records else b"little"
         if order != b"little":
-            raise ValueError(f"{shown}: byte order {order[:20]!r} is not supported, wanted b'little'")
+            raise CheckpointError(f"{shown}: byte order {order[:20]!r} is not supported, wanted b'little'")
         views = read_tensors(_content(file, records, "data.pkl", shown), str(shown))
     except OSError as error:
-        raise ValueError(f"{shown}: cannot be read: {error}") from None
+        raise CheckpointError(f"{shown}: cannot be read: {error}") from None
     tensors = {tensor: _tensor(file, shown, tensor, view, records) for tensor, view in views.items()}
     declared = sum(tensor.nbytes for tensor in tensors.values())
     if declared > MAX_ALIASES * size:
-        raise ValueError(f"{shown}: the tensors declare {declared} bytes, the file has {size}")
+        raise CheckpointError(f"{shown}: the tensors declare {declared} bytes, the file has {size}")
     return tensors
 
 
@@ -86,7 +86,7 @@ def _records(file: _Bounded, shown: Path, size: int) -> dict[str, Record]:
     """The entries of the archive by their names without the directory that all of them are in."""
     start = file.read(14)
     if start[2:] == LEGACY:
-        raise ValueError(
+        raise CheckpointError(
             f"{shown}: a file in the form of torch before 1.6, which is not supported: save it again with a current torch, "
             "or as safetensors"
         )
@@ -101,11 +101,11 @@ def _records(file: _Bounded, shown: Path, size: int) -> dict[str, Record]:
                 raise ValueError(f"entry {entry_name[:300]!r} reaches into the next one or out of the file")
             end = entry.header_offset
     except (ValueError, zipfile.BadZipFile, NotImplementedError, OverflowError, struct.error) as error:
-        raise ValueError(f"{shown}: not a sound torch checkpoint, perhaps truncated: {error}") from None
+        raise CheckpointError(f"{shown}: not a sound torch checkpoint, perhaps truncated: {error}") from None
     prefix = found[0][0].partition("/")[0] + "/" if found else ""
     records = {name.removeprefix(prefix): record for name, record in found if name.startswith(prefix)}
     if len(records) != len(found) or "data.pkl" not in records:
-        raise ValueError(
+        raise CheckpointError(
             f"{shown}: not a sound torch checkpoint: wanted data.pkl and other entries, each once, in one directory"
         )
     return records
@@ -115,27 +115,27 @@ def _record(file: _Bounded, entry: zipfile.ZipInfo) -> Record:
     """ValueError for an entry that is not simply a run of bytes."""
     label = f"entry {entry.filename[:300]!r}"
     if entry.flag_bits & 0x2041:
-        raise ValueError(f"{label} is encrypted")
+        raise CheckpointError(f"{label} is encrypted")
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise ValueError(f"{label} is compressed, wanted it stored")
+        raise CheckpointError(f"{label} is compressed, wanted it stored")
     file.seek(entry.header_offset)
     header = file.read(30)
     if header[:4] != b"PK\3\4" or len(header) != 30:
-        raise ValueError(f"{label} has no header at byte {entry.header_offset}")
+        raise CheckpointError(f"{label} has no header at byte {entry.header_offset}")
     name_length, extra_length = struct.unpack("<HH", header[26:])
     if file.read(name_length).decode("utf-8" if entry.flag_bits & 0x800 else "cp437") != entry.orig_filename:
-        raise ValueError(f"{label} has another name at byte {entry.header_offset}")
+        raise CheckpointError(f"{label} has another name at byte {entry.header_offset}")
     return Record(entry.header_offset + 30 + name_length + extra_length, entry.file_size, entry.CRC)
 
 
 def _content(file: _Bounded, records: Mapping[str, Record], name: str, shown: Path) -> bytes:
     record = records[name]
     if record.size > MAX_BYTES:
-        raise ValueError(f"{shown}: {name} has {record.size} bytes, wanted at most {MAX_BYTES}")
+        raise CheckpointError(f"{shown}: {name} has {record.size} bytes, wanted at most {MAX_BYTES}")
     file.seek(record.start)
     content = file.read(record.size)
     if len(content) != record.size or (record.crc and zlib.crc32(content) != record.crc):
-        raise ValueError(f"{shown}: {name} is damaged: its checksum is wrong")
+        raise CheckpointError(f"{shown}: {name} is damaged: its checksum is wrong")
     return content
 
 
@@ -143,17 +143,17 @@ def _tensor(file: _Bounded, shown: Path, name: str, view: View, records: Mapping
     label, storage = f"{shown}: tensor {name[:300]!r}", view.storage
     dtype, record = numpy_dtype(storage.dtype), records.get(f"data/{storage.key}")
     if record is None:
-        raise ValueError(f"{label} lies in record data/{storage.key[:100]}, which the file lacks")
+        raise CheckpointError(f"{label} lies in record data/{storage.key[:100]}, which the file lacks")
     if storage.numel * dtype.itemsize != record.size:
-        raise ValueError(f"{label}: its storage has {storage.numel} elements of {dtype}, its record {record.size} bytes")
+        raise CheckpointError(f"{label}: its storage has {storage.numel} elements of {dtype}, its record {record.size} bytes")
     span = 0 if 0 in view.shape else 1  # from the first element to the last, of the axes so far
     for stride, length in sorted(axis for axis in zip(view.strides, view.shape, strict=True) if span and axis[1] > 1):
         if stride < span:
-            raise ValueError(f"{label} has shape {view.shape} and strides {view.strides}: its elements overlap")
+            raise CheckpointError(f"{label} has shape {view.shape} and strides {view.strides}: its elements overlap")
         span += (length - 1) * stride
     if view.offset + span > storage.numel:
         wanted = f"{span} elements from {view.offset} on"
-        raise ValueError(f"{label} has shape {view.shape} and strides {view.strides}: {wanted} of {storage.numel}")
+        raise CheckpointError(f"{label} has shape {view.shape} and strides {view.strides}: {wanted} of {storage.numel}")
     return Tensor(shown, name, view.shape, dtype, partial(_read, file, label, view, dtype, span, record))
 
 
@@ -163,9 +163,9 @@ def _read(file: _Bounded, label: str, view: View, dtype: np.dtype[Any], span: in
         file.seek(record.start + view.offset * dtype.itemsize)
         count = file.readinto(raw.data)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{label} cannot be read: {error}") from None
+        raise CheckpointError(f"{label} cannot be read: {error}") from None
     whole = raw.size == record.size and record.crc != 0
     if count != raw.size or (whole and zlib.crc32(raw.data) != record.crc):
-        raise ValueError(f"{label} is damaged: its checksum is wrong, or the file shorter than before")
+        raise CheckpointError(f"{label} is damaged: its checksum is wrong, or the file shorter than before")
     strides = [stride * dtype.itemsize if length > 1 else 0 for stride, length in zip(view.strides, view.shape, strict=True)]
     return np.ndarray(view.shape, dtype, raw.data, strides=strides if raw.size else None)

@@ -9,6 +9,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any, Final
 
+from refmodels.files import CheckpointError
+
 MAX_BYTES = 2**19
 """A larger pickle is refused: this holds about three thousand tensors, and the largest models have about a thousand."""
 
@@ -80,7 +82,7 @@ def read_tensors(content: bytes, source: str) -> dict[str, View]:
     ValueError that starts with `source` for a pickle that is anything else.
     """
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{source}: the pickle has {len(content)} bytes, wanted at most {MAX_BYTES}")
+        raise CheckpointError(f"{source}: the pickle has {len(content)} bytes, wanted at most {MAX_BYTES}")
     machine, position = _Machine(len(content)), 0
     try:
         for opcode, argument, place in pickletools.genops(content):
@@ -92,7 +94,7 @@ def read_tensors(content: bytes, source: str) -> dict[str, View]:
             raise ValueError(f"it ends before the last of {len(content)} bytes")
         return machine.result()
     except (ValueError, IndexError, OverflowError) as error:
-        raise ValueError(f"{source}: not a pickle of tensors: {str(error)[:500]} (at byte {position})") from None
+        raise CheckpointError(f"{source}: not a pickle of tensors: {str(error)[:500]} (at byte {position})") from None
 
 
 class _Machine:
