@@ -213,7 +213,7 @@ class Backbone(ABC):
         On `Backbone` itself the class comes from the preset; on a model class another family is a ValueError. `kwargs` override
         entries of its config. With `load_weights=False` no weight file is touched.
         """
-        from refmodels.presets import load_backbone
+        from refmodels.loading import load_backbone
 
         return load_backbone(cls, preset, load_weights=load_weights, **kwargs)
 

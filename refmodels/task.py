@@ -57,7 +57,7 @@ class Task(ABC):
 
         On `CausalLM`, `Seq2SeqLM` or `Task` itself the class comes from the preset.
         """
-        from refmodels.presets import load_task
+        from refmodels.loading import load_task
 
         task: Self = load_task(cls, preset, load_weights=load_weights, **kwargs)
         return task

@@ -33,10 +33,9 @@ ARROWS = {
     "weights": {"weights", "files", "op", "ops", "parameters"},
     "tokenizers": {"files"},
     "tokenizer_files": {"files", "tokenizers"},
-    "presets": {
-        "accelerator", "backbone", "files", "op", "ops", "parameters", "task", "tokenizer_files", "tokenizers", "weights",
-        *MODELS,
-    },
+    "presets": {"backbone", "files", "hub", "task", "weights", *MODELS},
+    "hub": {"files"},
+    "loading": {"backbone", "files", "op", "ops", "parameters", "presets", "task", "tokenizer_files", "tokenizers", "weights"},
     "trace": {"op", "numerics", "files"},
     "compare": {"op", "numerics", "files", "trace"},
     "conformance": {"op", "numerics", "accelerator"},
@@ -45,7 +44,7 @@ ARROWS = {
     "__main__": {"cli"},
     "__init__": {"accelerator", "backbone", "op", "task", *MODELS},
 }  # fmt: skip
-LATE = {"backbone": {"presets"}, "task": {"presets"}}  # inside functions
+LATE = {"backbone": {"loading", "presets"}, "task": {"loading"}}  # inside functions
 
 # Package of others -> the modules that may import it, inside functions only. Any other package may be imported by none.
 OTHERS = {
@@ -54,8 +53,8 @@ OTHERS = {
     "sentencepiece": {"tokenizers"},
     "tokenizers": {"tokenizers"},
     "ml_dtypes": {"ops.precision"},
-    "huggingface_hub": {"presets"},
-    "kagglehub": {"presets"},
+    "huggingface_hub": {"hub"},
+    "kagglehub": {"hub"},
     "hypothesis": {"conformance"},
 }
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from refmodels import accelerator, generate, presets, task
+from refmodels import accelerator, generate, loading, presets, task
 from refmodels.accelerator import Accelerator
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone
@@ -163,7 +163,7 @@ def test_json(run, preset):
     found = json.loads(out)
     assert (status, err) == (0, "")
     assert (found["prompt"], found["text"]) == (PROMPT, expected(preset))
-    tokenizer = presets.load_preset_tokenizer(str(preset))
+    tokenizer = loading.load_preset_tokenizer(str(preset))
     assert tokenizer.detokenize(found["tokens"]) == found["text"].removeprefix(PROMPT)
     assert found["new_tokens"] == len(found["tokens"]) == 12
     assert found["prompt_tokens"] == 1 + len(tokenizer.tokenize(PROMPT))

@@ -29,8 +29,8 @@ import safetensors.numpy
 from test_torch_bin import archive, state, tensor
 
 from refmodels import Backbone
+from refmodels.loading import load_backbone
 from refmodels.opt import OPTBackbone
-from refmodels.presets import load_backbone
 from refmodels.tokenizer_files import load_tokenizer
 from refmodels.weights import huggingface
 

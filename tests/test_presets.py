@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmodels import presets
+from refmodels import loading, presets
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone
+from refmodels.loading import load_backbone, preset_directory
 from refmodels.opt import OPTBackbone, OPTCausalLM
 from refmodels.parameters import flatten
-from refmodels.presets import load_backbone, locate, preset_directory, preset_info, preset_names
+from refmodels.presets import locate, preset_info, preset_names
 from refmodels.t5 import T5Backbone, T5Seq2SeqLM
 from refmodels.task import CausalLM, Task
 
@@ -702,23 +703,23 @@ def test_missing_shard(copy):
 
 def test_task_is_a_backbone_and_a_tokenizer(copy, monkeypatch):
     directory = copy("keras_hub_0.17/opt")
-    task = presets.load_task(CausalLM, directory, dropout=0.0)
+    task = loading.load_task(CausalLM, directory, dropout=0.0)
     assert (type(task), type(task.backbone), task.tokenizer) == (OPTCausalLM, OPTBackbone, None)
     same = dict(flatten(load_backbone(OPTBackbone, directory).params))
     assert all((values == same[name]).all() for name, values in flatten(task.backbone.params))
     assert task.backbone.config.dropout == 0.0
-    monkeypatch.setattr(presets, "load_tokenizer", lambda directory: f"tokenizer of {directory.name}")
+    monkeypatch.setattr(loading, "load_tokenizer", lambda directory: f"tokenizer of {directory.name}")
     (directory / "tokenizer.json").write_text("{}")
-    assert presets.load_task(OPTCausalLM, directory).tokenizer == "tokenizer of preset"
+    assert loading.load_task(OPTCausalLM, directory).tokenizer == "tokenizer of preset"
     monkeypatch.setitem(sys.modules, "kagglehub", None)
-    task = presets.load_task(Task, "t5_small_multi", load_weights=False)
+    task = loading.load_task(Task, "t5_small_multi", load_weights=False)
     assert (type(task), task.tokenizer) == (T5Seq2SeqLM, None)
     with pytest.raises(ValueError, match=r"t5_small_multi holds a T5Backbone, .* call T5Seq2SeqLM\.from_preset"):
-        presets.load_task(CausalLM, "t5_small_multi")
+        loading.load_task(CausalLM, "t5_small_multi")
 
 
 def test_tokenizer_of_a_preset(monkeypatch):
     asked = []
-    monkeypatch.setattr(presets, "load_tokenizer", lambda directory: asked.append(directory) or "tokenizer")
-    assert presets.load_preset_tokenizer(GOLDENS / "hf" / "opt") == "tokenizer"
+    monkeypatch.setattr(loading, "load_tokenizer", lambda directory: asked.append(directory) or "tokenizer")
+    assert loading.load_preset_tokenizer(GOLDENS / "hf" / "opt") == "tokenizer"
     assert asked == [GOLDENS / "hf" / "opt"]
