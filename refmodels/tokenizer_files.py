@@ -26,11 +26,15 @@ def load_tokenizer(directory: str | Path, family: str | None = None, **options: 
     if not root.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory")
     data = _optional_json(root, "tokenizer.json")
-    if "class_name" in data:
-        return _load_keras_hub(root, data, family, options)
-    if data and "model" not in data:
+    if data and not data.keys() & {"class_name", "model"}:
         raise CheckpointError(f'{root / "tokenizer.json"} has neither "class_name" (KerasHub) nor "model" (Hugging Face)')
-    return _load_hugging_face(root, data, family, options)
+    load = _load_keras_hub if "class_name" in data else _load_hugging_face
+    try:
+        return load(root, data, family, options)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # a tokenizer's own words for what is wrong with its files
+        raise CheckpointError(str(error)) from error
 
 
 def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:

@@ -1,7 +1,6 @@
 """Real files of every format, damaged in two thousand seeded ways.
 
-Each case loads, or raises ValueError or FileNotFoundError; it takes less than a second and little memory, and has no
-other effect. The cases of a format run in a process of their own, so that a crash or an endless loop in a C library is a
+Each case loads, or raises CheckpointError; it takes less than a second and little memory, and has no other effect. The cases of a format run in a process of their own, so that a crash or an endless loop in a C library is a
 failure with a seed: `python tests/test_fuzz.py safetensors 17 1` runs case 17 alone and shows its error.
 """
 
@@ -29,6 +28,7 @@ import safetensors.numpy
 from test_torch_bin import archive, state, tensor
 
 from refmodels import Backbone
+from refmodels.files import CheckpointError
 from refmodels.loading import load_backbone
 from refmodels.opt import OPTBackbone
 from refmodels.tokenizer_files import load_tokenizer
@@ -170,7 +170,8 @@ def backbone(directory):
 def tokenizer(directory):
     found = load_tokenizer(directory)
     found.sequence_length = None  # ten million is allowed, and takes that much memory once it is used
-    found.detokenize(found.tokenize("abc de<s> 17"))
+    with contextlib.suppress(ValueError):  # a sound vocabulary that has not all symbols of this text
+        found.detokenize(found.tokenize("abc de<s> 17"))
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -302,8 +303,8 @@ def run_cases(kind, first, count, root):
         watch.on = True
         try:
             load(root)
-        except (ValueError, FileNotFoundError) as error:
-            end = type(error).__name__ if type(error) is FileNotFoundError else "ValueError"
+        except CheckpointError as error:
+            end = type(error).__name__
             if count == 1:
                 print(f"{type(error).__name__}: {error}")
             length = len(str(error))
@@ -347,7 +348,7 @@ def test_two_thousand_damaged_files(tmp_path, capsys):
             print(f"  {kind}: {ends}; at most {result['seconds']:.2f} s, {result['memory']:.1f} MiB")
     assert total == CASES * len(FORMATS) >= 2000
     for result in results.values():
-        assert result["ends"].get("ValueError", 0) > CASES / 10, "the damage is too small to test anything"
+        assert result["ends"].get("CheckpointError", 0) > CASES / 10, "the damage is too small to test anything"
     assert {path.name for path in tmp_path.iterdir()} == set(FORMATS)
 
 
