@@ -25,7 +25,8 @@ TASKS: tuple[type[Task], ...] = (T5Seq2SeqLM, OPTCausalLM, BloomCausalLM)
 MODELS = {task.backbone_class.__name__: task.backbone_class for task in TASKS}
 
 _HANDLES = (
-    "a name that `refmodels presets` lists, a local directory, kaggle://org/model/keras/variant[/version] or hf://org/name"
+    "a name that `refmodels presets` lists, a local directory, kaggle://org/model/keras/variant[/version] "
+    "or hf://org/name[@revision]"
 )
 
 
@@ -102,17 +103,21 @@ class Located:
     handle: str | None = None
     info: dict[str, Any] | None = None
 
-    def fetch(self) -> Path:
-        """The local directory, after a download if need be. ImportError if that needs a package that is not
-        installed."""
+    def fetch(self, weights: bool = True) -> Path:
+        """The local directory, after a download (without weights, if none are wanted) if need be. Errors as for `hub.fetch`."""
         if self.directory is not None:
             return self.directory
-        return hub.fetch(str(self.handle))
+        try:
+            return hub.fetch(str(self.handle), weights)
+        except ImportError as error:
+            if self.info is None or not self.info["huggingface_repo"]:
+                raise
+            raise ImportError(f"{error}; hf://{self.info['huggingface_repo']} is where the model comes from") from None
 
 
 def locate(preset: str | Path) -> Located:
     """Where `preset` is: a built-in name, a local directory, `kaggle://org/model/keras/variant[/version]` or
-    `hf://org/name`.
+    `hf://org/name[@revision]` (or `hf://name`, for the names from before there were organisations, which the site redirects).
 
     Nothing is downloaded or opened. ValueError for anything else, with near names.
     """
@@ -131,7 +136,7 @@ def locate(preset: str | Path) -> Located:
     part = r"[A-Za-z0-9][\w.-]*"
     for scheme, pattern, form in (
         ("kaggle", rf"{part}/{part}/keras/{part}(/\d+)?", "kaggle://org/model/keras/variant[/version]"),
-        ("hf", rf"{part}/{part}", "hf://org/name"),
+        ("hf", rf"({part}/)?{part}(@{part}(/{part})*)?", "hf://org/name[@revision]"),
     ):
         if preset.startswith(f"{scheme}://"):
             if not re.fullmatch(pattern, preset.removeprefix(f"{scheme}://")):
