@@ -70,6 +70,8 @@ class Parameter:
     layout          how the Hugging Face tensor holds it: `same`; `transposed`; `offset_rows` (two rows to drop in front);
                     `query`, `key` or `value` of BLOOM's interleaved [head][q,k,v][d] tensor
     initializer     how the original draws it
+    dtype           the type of its values, if that is its own and not that of the model's parameters: a quantised matrix and
+                    what belongs to it, of which `huggingface` is the tensor that it was made of
     """
 
     path: str
@@ -79,6 +81,7 @@ class Parameter:
     huggingface: tuple[str, ...]
     layout: str
     initializer: Initializer
+    dtype: str | None = None
 
     @property
     def size(self) -> int:
@@ -154,15 +157,25 @@ def count(parameters: Iterable[Parameter]) -> int:
     return sum(parameter.size for parameter in parameters)
 
 
+def stored_bytes(parameters: Iterable[Parameter], dtype: str) -> int:
+    """Bytes of all of them, where the parameters of the model have this type."""
+    return sum(parameter.size * numpy_dtype(parameter.dtype or dtype).itemsize for parameter in parameters)
+
+
 def build_tree(parameters: Iterable[Parameter], leaf: Callable[[Parameter], Any]) -> Params:
-    """The tree with `leaf(parameter)` at every path. A path's numbers become list positions, and must come in order."""
+    """The tree with `leaf(parameter)` at every path."""
+    return grown((parameter.path, leaf(parameter)) for parameter in parameters)
+
+
+def grown(leaves: Iterable[tuple[str, Any]]) -> Params:
+    """The tree with these (path, leaf). A path's numbers become list positions, and must come in order."""
     tree: Params = {}
-    for parameter in parameters:
+    for path, leaf in leaves:
         node: Any = tree
-        *parents, last = parameter.path.split(".")
+        *parents, last = path.split(".")
         for key, child in zip(parents, [*parents[1:], last], strict=True):
             node = _descend(node, key, [] if child.isdigit() else {})
-        node[last] = leaf(parameter)
+        node[last] = leaf
     return tree
 
 
