@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
+from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM, watching
 from refmodels.parameters import flatten
 
 VOCABULARY = 11
@@ -127,3 +127,22 @@ def test_every_one_of_several_stop_tokens_ends_its_row(family, step):
     assert len({row[-1] for row in ended}) >= 2
     if step == 0:
         assert sorted({row[-1] for row in ended}) == stop
+
+
+@families
+def test_a_cache_whose_beams_stay_in_place_is_not_copied(family):
+    """Each step takes the cache apart only when hypotheses change places: one beam never does."""
+    calls = []
+
+    def record(op, args, kwargs, proceed):
+        calls.append(op.name)
+        return proceed()
+
+    with watching(record):
+        one = generated(family, 1, stop_token_ids=None, max_new_tokens=5, sampler="beam", num_beams=1)
+    assert one == generated(family, 1, stop_token_ids=None, max_new_tokens=5)
+    assert calls.count("beam_candidates") == 5
+    assert "cache_select" not in calls
+    with watching(record):
+        generated(family, 1, stop_token_ids=None, max_new_tokens=5, num_beams=3)
+    assert "cache_select" in calls

@@ -18,7 +18,28 @@ SETTINGS = [
     {"top_p": 0.6, "temperature": 2.0, "seed": 2},
     {"sampler": "random", "seed": [4, 5, 6]},
     {"num_beams": 3},
+    {"min_p": 0.2, "temperature": 1.5, "seed": 3},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.6, "no_repeat_ngram_size": 3, "temperature": 1.5, "seed": 4},
+    {"no_repeat_ngram_size": 2, "num_beams": 3, "repetition_penalty": 1.2},
+    {"sampler": "contrastive", "top_k": 3, "no_repeat_ngram_size": 2},
+    # Rows that differ in everything; None is what the setting is when it is not given.
+    {
+        "temperature": [None, 0.7, 3.0],
+        "top_k": [None, 3, None],
+        "top_p": [None, None, 0.9],
+        "min_p": [None, 0.1, 0.01],
+        "repetition_penalty": [1.5, None, 1.2],
+        "no_repeat_ngram_size": [0, 2, None],
+        "seed": [1, 2, 3],
+    },
+    {"sampler": ["beam", "contrastive", "top_p"], "num_beams": [2, None, None], "top_p": [None, None, 0.8], "seed": 7},
 ]
+
+
+def of_row(settings, i):
+    """The settings of one row."""
+    return {name: value[i] if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def task_of(family):
@@ -51,8 +72,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(family, settings):
     task = task_of(family)
     together = tokens(task.generate(inputs_of(family), stop_token_ids=[1], max_new_tokens=9, **settings))
     for i, prompt in enumerate(PROMPTS):
-        seed = settings.get("seed")
-        own = settings | ({"seed": seed[i]} if isinstance(seed, list) else {})
+        own = of_row(settings, i)
         alone = tokens(task.generate(inputs_of(family, [prompt]), stop_token_ids=[1], max_new_tokens=9, **own))
         assert alone == [together[i]]
 
@@ -174,7 +194,8 @@ def test_beams_set_finished_hypotheses_aside_and_weigh_their_length():
 
     def best(penalty):
         cache = {"tokens": np.full((1, 8), -1)}
-        return beam_search(Scripted(table), cache, [9], 3, frozenset([0]), Sampling(num_beams=2, length_penalty=penalty))
+        sampling = Sampling(num_beams=2, length_penalty=penalty)
+        return beam_search(Scripted(table), cache, [9], 3, frozenset([0]), sampling)[0].tokens
 
     assert best(0.0) == [0]  # log 0.4 > log 0.36
     assert best(1.0) == [1, 0]  # log 0.36 / 2 > log 0.4
@@ -191,26 +212,42 @@ def test_seeds():
     assert draw(7)[0] == draw(7)[1]  # the same prompt and the same seed
     assert draw([7, 8])[0] != draw([7, 8])[1]
     assert draw(None) != draw(None)
-    with pytest.raises(ValueError, match="seed has 3 entries, wanted one integer or 2"):
+    with pytest.raises(ValueError, match="seed has 3 entries, wanted one value or 2"):
         draw([1, 2, 3])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "nucleus"}, "sampler must be one of greedy, random, top_k, top_p, beam, got 'nucleus'"),
+        ({"sampler": "nucleus"}, "sampler must be one of greedy, random, top_k, top_p, beam, contrastive, got 'nucleus'"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
-        ({"sampler": "greedy", "temperature": 2.0}, "greedy search takes no temperature"),
+        ({"sampler": "greedy", "temperature": 2.0}, "sampler 'greedy' takes no temperature"),
         ({"sampler": "random", "num_beams": 3}, "sampler 'random' takes no num_beams"),
         ({"length_penalty": float("nan"), "num_beams": 2}, "length_penalty must be a number between"),
-        ({"seed": -1}, "seed must be None, an integer from 0 on, or a list of them, got -1"),
+        ({"seed": -1}, "seed must be None, an integer from 0 on, or one for each row, got -1"),
         ({"seed": 1.5}, "seed must be None"),
-        ({"num_beams": 2, "temperature": 0.5}, "beam search takes no temperature"),
-        ({"sampler": "greedy", "top_k": 3}, "greedy search takes no temperature, top_k"),
+        ({"num_beams": 2, "top_p": 0.5}, "sampler 'beam' takes no top_p"),
+        ({"sampler": "greedy", "top_k": 3}, "sampler 'greedy' takes no top_k"),
+        ({"sampler": "contrastive", "min_p": 0.5}, "sampler 'contrastive' takes no min_p"),
+        ({"top_k": 3, "penalty_alpha": 0.5, "sampler": "top_k"}, "sampler 'top_k' takes no penalty_alpha"),
+        ({"length_penalty": 0.5}, "sampler 'greedy' takes no length_penalty"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
+        ({"penalty_alpha": 1.5}, r"penalty_alpha must be in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number between 0.001 and 1000"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0"),
+        ({"top_p": [0.1, 2.0, 0.1]}, r"top_p must be in \[0, 1\], got 2.0"),
+        ({"top_k": [3, 3]}, "top_k has 2 entries, wanted one value or 3, one for each row"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1"),
+        ({"num_return_sequences": 2}, "num_return_sequences 2 needs draws or beams: 'greedy' has one answer"),
+        ({"num_return_sequences": 2, "penalty_alpha": 0.5}, "num_return_sequences 2 needs draws or beams: 'contrastive'"),
+        ({"num_return_sequences": 4, "num_beams": 3}, "num_return_sequences 4 is more than num_beams 3"),
+        ({"stop": ""}, "stop must be a string that is not empty"),
+        ({"stop": ["a", 3]}, "stop must be a string that is not empty"),
+        ({"stop": "a"}, "stop needs a tokenizer"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_length": 3}, "the prompt has 5 tokens, more than max_length 3"),
@@ -236,6 +273,8 @@ def test_bad_settings(settings, message):
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer, got 1.5"),
         ({"num_beams": True}, "num_beams must be an integer, got True"),
         ({"beams": 3}, "generate has no argument 'beams'; settings of the sampler are: sampler, temperature, top_k"),
+        ({"repetition_penalty": "much"}, "repetition_penalty must be a number, got 'much'"),
+        ({"constraint": [1, 2]}, "constraint must be callable"),
     ],
     ids=str,
 )
