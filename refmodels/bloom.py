@@ -4,7 +4,7 @@ Read from the top: the layer, the stack, the head, the decode step. Every line i
 parameter tree that the function uses, and `**p["query"]` passes its kernel and bias by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from refmodels.backbone import Backbone, Generator, check_config, check_heads
@@ -20,12 +20,13 @@ from refmodels.ops.norm import layer_norm
 from refmodels.ops.position import alibi_bias, alibi_slopes, token_positions
 from refmodels.ops.precision import compute_dtype, wide_dtype
 from refmodels.parameters import Parameter, ParameterTable, glorot_uniform, normal, numbered
+from refmodels.preprocessors import BloomCausalLMPreprocessor
 from refmodels.task import CausalLM
 
 
 @dataclass(frozen=True)
 class BloomConfig:
-    """The constructor arguments of `BloomBackbone`."""
+    """The constructor arguments of `BloomBackbone`; KerasHub's has none of the keyword-only ones."""
 
     vocabulary_size: int
     num_layers: int
@@ -35,6 +36,8 @@ class BloomConfig:
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
     dtype: str = "float32"
+    _: KW_ONLY
+    tie_embedding_weights: bool = True
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -99,13 +102,18 @@ def bloom_backbone(
     params: Params,
     config: BloomConfig,
     *,
+    embeddings: Float[Array, "b t n"] | None = None,
     cache: Params | None = None,
     start: Int[Array, "b"] | None = None,
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
-    """Token ids to hidden states. With a cache, row i's tokens stand at the positions start[i], start[i] + 1, ..."""
+    """Token ids to hidden states. With a cache, row i's tokens stand at the positions start[i], start[i] + 1, ...
+
+    `embeddings` (in the compute type) stand in place of the ids' rows of the table; the ids are then not looked at (BLOOM-C13).
+    """
     positions = token_positions(token_ids, start)
-    x = token_vectors(token_ids, params["token_embedding"], dtype=compute_dtype(config.dtype))
+    dtype = compute_dtype(config.dtype)
+    x = token_vectors(token_ids, params["token_embedding"], dtype=dtype) if embeddings is None else embeddings
     x = layer_norm(x, **params["embedding_layernorm"], epsilon=config.layer_norm_epsilon)  # BLOOM-C1
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
@@ -119,7 +127,8 @@ def bloom_backbone(
 
 @op(composite=True)
 def bloom_logits(hidden: Float[Array, "*b n"], params: Params) -> Float[Array, "*b v"]:
-    """Scores of the next token: the product with the token embeddings, neither scaled nor shifted (BLOOM-C10)."""
+    """Scores of the next token: the product with the token embeddings, or the table of an untied head, neither scaled nor
+    shifted (BLOOM-C10)."""
     return token_scores(hidden, params["token_embedding"])
 
 
@@ -133,9 +142,10 @@ def bloom_prefill(
     config: BloomConfig,
     *,
     start: Int[Array, "b"] | None = None,
+    embeddings: Float[Array, "b t n"] | None = None,
 ) -> Float[Array, "b v"]:
     """Take in prompts (row i holds lengths[i] tokens, then padding) and score the token after each."""
-    hidden = bloom_backbone(token_ids, padding_mask, params, config, cache=cache, start=start)
+    hidden = bloom_backbone(token_ids, padding_mask, params, config, embeddings=embeddings, cache=cache, start=start)
     return bloom_logits(last_rows(hidden, lengths), params)
 
 
@@ -158,13 +168,12 @@ def bloom_parameters(config: BloomConfig) -> list[Parameter]:
     n, m, heads = (config.hidden_dim,), (config.intermediate_dim,), (config.num_heads, config.head_dim)
     wide, square = glorot_uniform(*n, *m), glorot_uniform(*n, *n)  # BLOOM-C12
     table = ParameterTable()
-    table.add(
-        "token_embedding.embeddings",
-        (config.vocabulary_size, *n),
-        "reversible_embedding/vars/0",
-        ("word_embeddings.weight", "lm_head.weight"),
-        normal(0.02),
-    )
+    shape, keras, tied = (config.vocabulary_size, *n), "reversible_embedding/vars", config.tie_embedding_weights
+    names = ("word_embeddings.weight", *("lm_head.weight",) * tied)
+    table.add("token_embedding.embeddings", shape, f"{keras}/0", names, normal(0.02))
+    if not tied:
+        path = "token_embedding.reverse_embeddings"
+        table.add(path, shape[::-1], f"{keras}/1", "lm_head.weight", normal(0.02), layout="transposed")
     table.layer_norm("embedding_layernorm", *n, "layer_normalization", "word_embeddings_layernorm")
     for i in range(config.num_layers):
         path, keras, hf = f"layers.{i}", numbered("bloom_decoder", i), f"h.{i}"
@@ -192,7 +201,10 @@ def bloom_parameters(config: BloomConfig) -> list[Parameter]:
 
 
 class BloomBackbone(Backbone):
-    """KerasHub's BloomBackbone: `{"token_ids", "padding_mask"}` to hidden states (b, t, hidden_dim)."""
+    """KerasHub's BloomBackbone: `{"token_ids", "padding_mask"}` to hidden states (b, t, hidden_dim).
+
+    Also takes `embeddings`. Beyond KerasHub's, by keyword: `tie_embedding_weights=False` (spec/bloom.md, BLOOM-C10).
+    """
 
     family = "bloom"
     config_class = BloomConfig
@@ -211,6 +223,8 @@ class BloomBackbone(Backbone):
         dropout: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         dtype: Any = None,
+        *,
+        tie_embedding_weights: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -223,13 +237,18 @@ class BloomBackbone(Backbone):
             intermediate_dim=intermediate_dim,
             dropout=dropout,
             layer_norm_epsilon=layer_norm_epsilon,
+            tie_embedding_weights=tie_embedding_weights,
         )
 
-    def parameters(self) -> list[Parameter]:
+    def plain_parameters(self) -> list[Parameter]:
         return bloom_parameters(self.config)
 
     def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
-        return bloom_backbone(inputs["token_ids"], inputs["padding_mask"], self.device_params, self.config, rng=rng)
+        ids, mask, embeddings = inputs["token_ids"], inputs["padding_mask"], inputs.get("embeddings")
+        return bloom_backbone(ids, mask, self.device_params, self.config, embeddings=embeddings, rng=rng)
+
+    def logits(self, hidden: Array) -> Array:
+        return bloom_logits(hidden, self.device_params)
 
     def new_cache(self, batch: int, capacity: int) -> Params:
         config, dtype = self.config, self.compute_dtype
@@ -237,8 +256,16 @@ class BloomBackbone(Backbone):
             batch, capacity, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
         )
 
+    def hidden_states(
+        self, token_ids: Array, padding_mask: Array, start: Array | None, cache: Params, embeddings: Array | None = None
+    ) -> Array:
+        """Take tokens (b, t) into the cache, row i's from start[i] on, or from 0; their hidden states, for `logits`."""
+        params, config, vectors = self.device_params, self.config, self.given_embeddings(embeddings, token_ids.shape)
+        return bloom_backbone(token_ids, padding_mask, params, config, embeddings=vectors, cache=cache, start=start)
+
 
 class BloomCausalLM(CausalLM):
-    """BLOOM with its tied head: text to text."""
+    """BLOOM with its head: text to text."""
 
     backbone_class = BloomBackbone
+    preprocessor_class = BloomCausalLMPreprocessor

@@ -5,7 +5,7 @@ call to an op; `p` is the part of the parameter tree that the function uses, and
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from refmodels.backbone import Backbone, Generator, check_config, check_heads
@@ -21,6 +21,7 @@ from refmodels.ops.norm import rms_norm
 from refmodels.ops.position import relative_position_bias, relative_position_buckets, token_positions
 from refmodels.ops.precision import compute_dtype
 from refmodels.parameters import ONES, Parameter, ParameterTable, normal, numbered
+from refmodels.preprocessors import T5Seq2SeqLMPreprocessor
 from refmodels.task import Seq2SeqLM
 
 NUM_BUCKETS = 32  # T5-C3: neither this nor the largest distance, 128, is a constructor argument
@@ -46,7 +47,7 @@ def activation_name(activation: Any) -> str:
 
 @dataclass(frozen=True)
 class T5Config:
-    """The constructor arguments of `T5Backbone`, in the order of KerasHub's config files."""
+    """The constructor arguments of `T5Backbone`, in the order of KerasHub's config files, which have no keyword-only ones."""
 
     vocabulary_size: int
     hidden_dim: int
@@ -60,9 +61,11 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     tie_embedding_weights: bool = True
     dtype: str = "float32"
+    _: KW_ONLY
+    scale_logits: bool | None = None
 
     def __post_init__(self) -> None:
-        check_config(self, optional=("key_value_dim",))
+        check_config(self, optional=("key_value_dim", "scale_logits"))
         if self.key_value_dim is None:
             check_heads(self)
 
@@ -70,6 +73,12 @@ class T5Config:
     def head_dim(self) -> int:
         """d: the size of one head. T5-C18: h * d need not be hidden_dim."""
         return self.key_value_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def logits_scale(self) -> float:
+        """What the head multiplies the hidden state by (T5-C6)."""
+        scaled = self.tie_embedding_weights if self.scale_logits is None else self.scale_logits
+        return self.hidden_dim**-0.5 if scaled else 1.0
 
     @property
     def residual_dtype(self) -> str:
@@ -159,12 +168,17 @@ def t5_encoder(
     params: Params,
     config: T5Config,
     *,
+    embeddings: Float[Array, "b t n"] | None = None,
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
-    """Token ids to the encoder's output, its final norm included (T5-C14)."""
-    p = params["encoder"]
+    """Token ids to the encoder's output, its final norm included (T5-C14).
+
+    `embeddings` (in `config.residual_dtype`) stand in place of the ids' rows of the table; the ids are then not looked at
+    (T5-C21).
+    """
+    p, dtype = params["encoder"], config.residual_dtype
     # T5-C17: not multiplied by sqrt(n).
-    x = token_vectors(token_ids, params["token_embedding"], dtype=config.residual_dtype)
+    x = token_vectors(token_ids, params["token_embedding"], dtype=dtype) if embeddings is None else embeddings
     x = dropout(x, config.dropout, rng)
     mask = key_mask(padding_mask)
     buckets = relative_position_buckets(token_positions(token_ids), token_ids.shape[1], bidirectional=True)
@@ -192,14 +206,18 @@ def t5_decoder(
     params: Params,
     config: T5Config,
     *,
+    embeddings: Float[Array, "b t n"] | None = None,
     cache: Params | None = None,
     start: Int[Array, "b"] | None = None,
     rng: Generator | None = None,
 ) -> Float[Array, "b t n"]:
-    """Token ids to the decoder's output. With a cache, row i's tokens stand at start[i], start[i] + 1, ..."""
-    p = params["decoder"]
+    """Token ids to the decoder's output. With a cache, row i's tokens stand at start[i], start[i] + 1, ...
+
+    `embeddings` as for `t5_encoder`.
+    """
+    p, dtype = params["decoder"], config.residual_dtype
     positions = token_positions(token_ids, start)
-    x = token_vectors(token_ids, params["token_embedding"], dtype=config.residual_dtype)
+    x = token_vectors(token_ids, params["token_embedding"], dtype=dtype) if embeddings is None else embeddings
     x = dropout(x, config.dropout, rng)
     if cache is not None:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
@@ -223,20 +241,30 @@ def t5_backbone(
     params: Params,
     config: T5Config,
     *,
+    encoder_embeddings: Float[Array, "b s n"] | None = None,
+    decoder_embeddings: Float[Array, "b t n"] | None = None,
     rng: Generator | None = None,
 ) -> dict[str, Array]:
     """Both stacks on whole sequences. T5-C15: the decoder's ids are used as given, the caller shifts them right."""
-    encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config, rng=rng)
+    encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config, embeddings=encoder_embeddings, rng=rng)
     encoded = t5_cross_keys_values(encoder_output, params, config)
-    decoder_output = t5_decoder(decoder_token_ids, decoder_padding_mask, encoded, encoder_padding_mask, params, config, rng=rng)
+    decoder_output = t5_decoder(
+        decoder_token_ids,
+        decoder_padding_mask,
+        encoded,
+        encoder_padding_mask,
+        params,
+        config,
+        embeddings=decoder_embeddings,
+        rng=rng,
+    )
     return {"encoder_sequence_output": encoder_output, "decoder_sequence_output": decoder_output}
 
 
 @op(composite=True)
 def t5_logits(hidden: Float[Array, "*b n"], params: Params, config: T5Config) -> Float[Array, "*b v"]:
-    """Scores of the next token. T5-C6: a tied head scales the hidden state by n**-0.5, an untied one does not."""
-    scale = config.hidden_dim**-0.5 if config.tie_embedding_weights else 1.0
-    return token_scores(hidden, params["token_embedding"], scale=scale)
+    """Scores of the next token: the product with the token embeddings or the table of an untied head, scaled or not (T5-C6)."""
+    return token_scores(hidden, params["token_embedding"], scale=config.logits_scale)
 
 
 @op(composite=True)
@@ -246,13 +274,15 @@ def t5_cache(
     capacity: int,
     params: Params,
     config: T5Config,
+    *,
+    embeddings: Float[Array, "b s n"] | None = None,
 ) -> Params:
     """Encode the inputs and make a cache for decoding up to `capacity` positions: T5-C7, cross-attention is ready in it."""
     batch, dtype = encoder_token_ids.shape[0], compute_dtype(config.dtype)
     cache = key_value_cache(
         batch, capacity, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype
     )
-    encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config)
+    encoder_output = t5_encoder(encoder_token_ids, encoder_padding_mask, params, config, embeddings=embeddings)
     encoded = t5_cross_keys_values(encoder_output, params, config)
     return {**cache, "encoder_padding_mask": encoder_padding_mask, "encoded": encoded}
 
@@ -267,10 +297,11 @@ def t5_prefill(
     config: T5Config,
     *,
     start: Int[Array, "b"] | None = None,
+    embeddings: Float[Array, "b t n"] | None = None,
 ) -> Float[Array, "b v"]:
     """Take in the decoder's first tokens (row i holds lengths[i], then padding) and score the token after each."""
     encoded, mask = cache["encoded"], cache["encoder_padding_mask"]
-    hidden = t5_decoder(token_ids, padding_mask, encoded, mask, params, config, cache=cache, start=start)
+    hidden = t5_decoder(token_ids, padding_mask, encoded, mask, params, config, embeddings=embeddings, cache=cache, start=start)
     return t5_logits(last_rows(hidden, lengths), params, config)
 
 
@@ -344,7 +375,11 @@ def t5_parameters(config: T5Config) -> list[Parameter]:
 
 
 class T5Backbone(Backbone):
-    """KerasHub's T5Backbone: encoder and decoder ids and masks to the two outputs, each (b, length, hidden_dim)."""
+    """KerasHub's T5Backbone: encoder and decoder ids and masks to the two outputs, each (b, length, hidden_dim).
+
+    Also takes `encoder_embeddings` and `decoder_embeddings`. Beyond KerasHub's, by keyword: `scale_logits`, for a head that is
+    tied but not scaled or the reverse (None: scaled if tied; spec/t5.md, T5-C6).
+    """
 
     family = "t5"
     config_class = T5Config
@@ -367,6 +402,8 @@ class T5Backbone(Backbone):
         layer_norm_epsilon: float = 1e-6,
         tie_embedding_weights: bool = True,
         dtype: Any = None,
+        *,
+        scale_logits: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -383,19 +420,39 @@ class T5Backbone(Backbone):
             use_gated_activation=use_gated_activation,
             layer_norm_epsilon=layer_norm_epsilon,
             tie_embedding_weights=tie_embedding_weights,
+            scale_logits=None if scale_logits is tie_embedding_weights else scale_logits,
         )
 
-    def parameters(self) -> list[Parameter]:
+    @property
+    def embedding_dtype(self) -> str:
+        return self.config.residual_dtype
+
+    def plain_parameters(self) -> list[Parameter]:
         return t5_parameters(self.config)
 
     def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> dict[str, Array]:
         return t5_backbone(**inputs, params=self.device_params, config=self.config, rng=rng)
 
-    def new_cache(self, encoder_token_ids: Array, encoder_padding_mask: Array, capacity: int) -> Params:
-        return t5_cache(encoder_token_ids, encoder_padding_mask, capacity, self.device_params, self.config)
+    def logits(self, hidden: Array) -> Array:
+        return t5_logits(hidden, self.device_params, self.config)
+
+    def new_cache(
+        self, encoder_token_ids: Array, encoder_padding_mask: Array, capacity: int, embeddings: Array | None = None
+    ) -> Params:
+        """A cache for `capacity` positions of the decoder with the encoder's work in it; `embeddings` (b, s, hidden_dim), if
+        given, stand in place of the vectors of the encoder's tokens."""
+        vectors = self.given_embeddings(embeddings, encoder_token_ids.shape)
+        ids, mask = encoder_token_ids, encoder_padding_mask
+        return t5_cache(ids, mask, capacity, self.device_params, self.config, embeddings=vectors)
+
+    def hidden_states(self, token_ids: Array, padding_mask: Array, start: Array | None, cache: Params) -> Array:
+        """Take the decoder's tokens (b, t) into the cache, row i's from start[i] on, or from 0; the decoder's output."""
+        encoded, mask, params = cache["encoded"], cache["encoder_padding_mask"], self.device_params
+        return t5_decoder(token_ids, padding_mask, encoded, mask, params, self.config, cache=cache, start=start)
 
 
 class T5Seq2SeqLM(Seq2SeqLM):
     """T5 with its head: text in, text out."""
 
     backbone_class = T5Backbone
+    preprocessor_class = T5Seq2SeqLMPreprocessor
