@@ -7,13 +7,23 @@ Every layer is a readable NumPy function that acts as the specification. Importi
 tokenizers and accelerators are imported when used.
 """
 
+from refmodels import samplers
 from refmodels.accelerator import Accelerator, AcceleratorError, use
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone, BloomCausalLM
 from refmodels.op import OPS, Op, ShapeError, op, watching
 from refmodels.opt import OPTBackbone, OPTCausalLM
+from refmodels.preprocessors import (
+    BloomCausalLMPreprocessor,
+    CausalLMPreprocessor,
+    OPTCausalLMPreprocessor,
+    Seq2SeqLMPreprocessor,
+    T5Preprocessor,
+    T5Seq2SeqLMPreprocessor,
+)
 from refmodels.t5 import T5Backbone, T5Seq2SeqLM
 from refmodels.task import CausalLM, Seq2SeqLM
+from refmodels.tokenizers import BloomTokenizer, OPTTokenizer, T5Tokenizer, Tokenizer
 
 __version__ = "0.1.0"
 
@@ -24,15 +34,26 @@ __all__ = [
     "Backbone",
     "BloomBackbone",
     "BloomCausalLM",
+    "BloomCausalLMPreprocessor",
+    "BloomTokenizer",
     "CausalLM",
+    "CausalLMPreprocessor",
     "OPTBackbone",
     "OPTCausalLM",
+    "OPTCausalLMPreprocessor",
+    "OPTTokenizer",
     "Op",
     "Seq2SeqLM",
+    "Seq2SeqLMPreprocessor",
     "ShapeError",
     "T5Backbone",
+    "T5Preprocessor",
     "T5Seq2SeqLM",
+    "T5Seq2SeqLMPreprocessor",
+    "T5Tokenizer",
+    "Tokenizer",
     "op",
+    "samplers",
     "use",
     "watching",
 ]

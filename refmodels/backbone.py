@@ -4,10 +4,11 @@ import math
 import secrets
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,13 +16,26 @@ import numpy as np
 from refmodels.accelerator import Accelerator, find
 from refmodels.op import Array, Op, Params, executing, executor_in_force
 from refmodels.ops.dense import token_scores, token_vectors
-from refmodels.ops.precision import POLICIES, compute_dtype, numpy_dtype, variable_dtype
-from refmodels.parameters import Parameter, count, draw
+from refmodels.ops.precision import POLICIES, compute_dtype, narrow, numpy_dtype, variable_dtype
+from refmodels.parameters import Parameter, count, draw, flatten, stored_bytes
+from refmodels.quantization import (
+    Quantization,
+    check_finite,
+    dequantized_tree,
+    keras_layers,
+    of_keras_mode,
+    policy_map,
+    quantization,
+    quantized_table,
+    quantized_tree,
+    read_policy,
+)
 
 Generator = np.random.Generator
 
-OPTIONS = {"name": None, "trainable": True, "accelerator": None, "seed": None}
-"""What every constructor takes beside the documented arguments: a label, a flag that is kept, where to run, the random seed."""
+OPTIONS = {"name": None, "trainable": True, "accelerator": None, "seed": None, "weight_only": False}
+"""What every constructor takes beside the documented arguments: a label, a flag that is kept, where to run, the random seed,
+and whether an int8 model leaves the inputs of its products as they are."""
 
 LARGEST_SIZE = 10_000_000
 """No dimension of a published model comes near; a larger one is a corrupt config."""
@@ -40,11 +54,11 @@ def check_config(config: Any, *, optional: tuple[str, ...] = ()) -> None:
         elif field.name == "layer_norm_epsilon":
             if not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{label} must be a positive number, got {value!r}")
-        elif field.type in (bool, "bool"):
-            if not isinstance(value, bool):
-                raise ValueError(f"{label} must be true or false, got {value!r}")
         elif field.name in optional and value is None:
             continue
+        elif field.type in (bool, bool | None):
+            if not isinstance(value, bool):
+                raise ValueError(f"{label} must be true or false, got {value!r}")
         elif field.name != "activation" and not (is_integer(value) and 0 < value <= LARGEST_SIZE):
             raise ValueError(f"{label} must be a positive integer up to {LARGEST_SIZE}, got {value!r}")
 
@@ -121,7 +135,13 @@ class Backbone(ABC):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}; it has: {known}")
         options = {**OPTIONS, **options}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
-        self.config = self.config_class(**plain, dtype=policy_name(dtype))
+        policy, mode, layers = read_policy(dtype, policy_name)
+        self.config = self.config_class(**plain, dtype=policy)
+        if not isinstance(options["weight_only"], bool):
+            raise ValueError(f"weight_only must be true or false, got {options['weight_only']!r}")
+        self.quantization: Quantization | None = None if mode is None else of_keras_mode(mode, options["weight_only"])
+        if layers is not None:
+            self._check_layers(layers)
         self.name: str = options["name"] or f"{self.family}_backbone"
         self.trainable: bool = options["trainable"]
         self.accelerator: Accelerator | None = find(options["accelerator"])
@@ -142,14 +162,21 @@ class Backbone(ABC):
     # -- parameters -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def plain_parameters(self) -> list[Parameter]:
+        """A record of every parameter of the model as it is before it is quantised. Allocates nothing."""
+
     def parameters(self) -> list[Parameter]:
         """A record of every parameter, in the order of the tree. Allocates nothing."""
+        table = self.plain_parameters()
+        return table if self.quantization is None else quantized_table(table, self.quantization)
 
     @property
     def params(self) -> Params:
         """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`."""
         if self._params is None:
-            self._params = draw(self.parameters(), seed=self.seed, dtype=self.variable_dtype)
+            tree = draw(self.plain_parameters(), seed=self.seed, dtype=self.variable_dtype)
+            how = self.quantization
+            self._params = tree if how is None else quantized_tree(dict(flatten(tree)), how)
         return self._params
 
     @params.setter
@@ -176,9 +203,131 @@ class Backbone(ABC):
         """The type of activations and outputs."""
         return compute_dtype(self.config.dtype)
 
+    @property
+    def embedding_dim(self) -> int:
+        """The size of a token's vector, and of the hidden states that the head takes."""
+        return int(self.config.hidden_dim)
+
+    @property
+    def embedding_dtype(self) -> str:
+        """The type of a token's vector when it enters the first layer."""
+        return self.compute_dtype
+
+    def quantize(self, mode: str, *, block_size: int | None = None, weight_only: bool | None = None) -> None:
+        """Turn every kernel and token table into integers, one after the other, and run on them from now on.
+
+        mode          `int8`, or `int4` in groups (spec/quantization.md)
+        block_size    inputs in a group of int4; by default 128
+        weight_only   False quantises the inputs of every product too, while the model runs: Keras' int8, and the default. int4
+                      is always for weights alone
+
+        ValueError for other arguments, a model that is quantised already, and a matrix with infinities or NaN.
+        """
+        how = quantization(mode, block_size, weight_only)
+        if self.quantization is not None:
+            raise ValueError(f"{self.name} is quantised to {self.quantization.mode} already: dequantize() it or load it again")
+        leaves = dict(flatten(self.params))
+        check_finite(leaves)
+        self._params = self._loaded = None  # so that each matrix goes when it has been quantised
+        self._params, self.quantization = quantized_tree(leaves, how), how
+
+    def dequantize(self) -> None:
+        """Turn a quantised model into a plain one with the numbers that its integers stand for. ValueError for a plain one."""
+        how = self.quantization
+        if how is None:
+            raise ValueError(f"{self.name} is not quantised")
+        leaves = dict(flatten(self.params))
+        self._params = self._loaded = None
+        self._params, self.quantization = dequantized_tree(leaves, how, numpy_dtype(self.variable_dtype)), None
+
+    def _check_layers(self, given: tuple[str, ...]) -> None:
+        wanted = keras_layers(self.family, self.plain_parameters())
+        if missing := set(wanted).difference(given):
+            raise ValueError(f"dtype policy map lacks layer {min(missing)!r}: a model is quantised as a whole or not at all")
+        if unknown := set(given).difference(wanted):
+            raise ValueError(f"dtype policy map has layer {min(unknown)[:100]!r}, which is none that is quantised here")
+
     def count_params(self) -> int:
-        """Number of parameters."""
+        """Number of stored values; in a quantised model scales count too, and two int4 numbers as one."""
         return count(self.parameters())
+
+    # -- adapters ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether there are low-rank adapters in the tree."""
+        return self._params is not None and any(path.endswith(".lora_kernel_a") for path, _ in flatten(self._params))
+
+    def default_lora_layer_names(self) -> list[str]:
+        """The names of the layers that `enable_lora` adapts: query and value of every attention, as KerasHub calls them."""
+        return ["query_dense", "value_dense", "query", "value"]
+
+    def enable_lora(self, rank: int, target_layer_names: Iterable[str] | None = None) -> None:
+        """Put a low-rank adapter of this rank beside the kernel of every dense layer of these names (spec/lora.md).
+
+        b is zero, so outputs stay as they are until adapters are loaded or assigned. The model becomes trainable, as KerasHub's
+        does. ValueError for a rank below 1, names that no layer has, and a model that has adapters.
+        """
+        from refmodels import lora
+
+        if self.has_lora:
+            raise ValueError(f"{type(self).__name__} has adapters already: enable_lora can be called once, before loading any")
+        names = self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        self._attach(lora.drawn(self, rank, names))
+        self.trainable = True
+
+    def save_lora_weights(self, filepath: str | Path) -> None:
+        """Write the adapters to a file that ends in `.lora.h5` (KerasHub's form) or `.safetensors` (by our paths).
+
+        ValueError for another ending or a model without adapters.
+        """
+        from refmodels import lora
+
+        lora.save(self, filepath)
+
+    def load_lora_weights(self, filepath: str | Path) -> None:
+        """Take the adapters of a file that ends in `.lora.h5` or `.safetensors` in place of any that are there.
+
+        Everything is checked before anything changes: ValueError says what does not fit, such as a rank that is not the one of
+        `enable_lora`, if that was called.
+        """
+        from refmodels import lora
+
+        self._attach(lora.load(self, filepath))
+
+    def load_peft_adapter(self, directory: str | Path) -> None:
+        """Take the adapters of a directory that PEFT wrote (`adapter_config.json`) in place of any that are there.
+
+        Everything is checked before anything changes: ValueError says what does not fit or is not supported.
+        """
+        from refmodels import lora
+
+        self._attach(lora.load_peft(self, directory))
+
+    def save_peft_adapter(self, directory: str | Path, base_model_name_or_path: str | None = None) -> None:
+        """Write the adapters as PEFT takes them on the Hugging Face model with its head. ValueError for a model without any."""
+        from refmodels import lora
+
+        lora.save_peft(self, directory, base_model_name_or_path)
+
+    def merge_lora(self) -> None:
+        """Add every adapter to its kernel, and drop it. ValueError for a model without adapters or with quantised kernels."""
+        from refmodels import lora
+
+        if not self.has_lora:
+            raise ValueError(f"{type(self).__name__} has no adapters to merge")
+        self.params = lora.merged(self.params)
+
+    def trainable_parameters(self) -> list[str]:
+        """The paths of the parameters that KerasHub would train: with adapters, these and the biases of their layers."""
+        from refmodels import lora
+
+        return lora.trainable(self) if self.trainable else []
+
+    def _attach(self, adapters: Mapping[str, Any]) -> None:
+        from refmodels import lora
+
+        self.params = lora.attached(self.params, adapters, self.config.dtype)
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print a table of the layers: name, shapes, parameters."""
@@ -190,16 +339,26 @@ class Backbone(ABC):
         for name, group in rows.items():
             shapes = " ".join(str(parameter.shape).replace(" ", "") for parameter in group)
             print_fn(f"  {name:<{width}}  {count(group):>15,}  {shapes}")
-        size = self.count_params()
-        megabytes = size * numpy_dtype(self.variable_dtype).itemsize / 1e6
-        print_fn(f"  {'total':<{width}}  {size:>15,}  {megabytes:,.1f} MB in {self.variable_dtype}")
+        megabytes = stored_bytes(self.parameters(), self.variable_dtype) / 1e6
+        kind = self.variable_dtype if self.quantization is None else self.quantization.keras_mode
+        print_fn(f"  {'total':<{width}}  {self.count_params():>15,}  {megabytes:,.1f} MB in {kind}")
 
     # -- configuration ----------------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments, as `from_config` and a preset's config.json take them."""
+        """Constructor arguments, as `from_config` and a preset's config.json take them.
+
+        An argument that KerasHub's class does not have is there only where it is not at its default.
+        """
         arguments = asdict(self.config)
-        return {"name": self.name, "trainable": self.trainable, "dtype": arguments.pop("dtype"), **arguments}
+        for field in fields(self.config):
+            if field.kw_only and arguments[field.name] == field.default:
+                del arguments[field.name]
+        policy, how = arguments.pop("dtype"), self.quantization
+        if how is not None:
+            policy = policy_map(policy, how, keras_layers(self.family, self.plain_parameters()))
+            arguments |= {"weight_only": True} if how.mode == "int8" and how.weight_only else {}
+        return {"name": self.name, "trainable": self.trainable, "dtype": policy, **arguments}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -216,6 +375,18 @@ class Backbone(ABC):
         from refmodels.loading import load_backbone
 
         return load_backbone(cls, preset, load_weights=load_weights, **kwargs)
+
+    def save_to_preset(self, directory: str | Path, max_shard_size: float = 10) -> None:
+        """Write this model as KerasHub's files; see `refmodels.saving.save_to_preset`."""
+        from refmodels.saving import save_to_preset
+
+        save_to_preset(self, directory, max_shard_size)
+
+    def save_to_hf(self, directory: str | Path, max_shard_size: float = 5, dtype: str | None = None) -> None:
+        """Write this model as Transformers' files; see `refmodels.saving.save_to_hf`."""
+        from refmodels.saving import save_to_hf
+
+        save_to_hf(self, directory, max_shard_size, dtype)
 
     # -- calling ----------------------------------------------------------------------------------------------------------
 
@@ -268,12 +439,15 @@ class Backbone(ABC):
             shape = arrays[token].shape
             given = [name for name in others if inputs.get(name) is not None]
             arrays |= {name: self.check_ids(name, inputs[name], shape=shape) for name in given}
+            vectors = embeddings_name(token)
+            if inputs.get(vectors) is not None:
+                arrays[vectors] = self.check_embeddings(vectors, inputs[vectors], shape)
         check_batches(arrays)
         return arrays
 
     def warn_of_unknown(self, inputs: Mapping[str, Any]) -> None:
         """Warn of inputs that this model does not know: they are ignored."""
-        known = sorted(name for token, others in self.inputs.items() for name in (token, *others))
+        known = sorted(name for token, others in self.inputs.items() for name in (token, embeddings_name(token), *others))
         for name in inputs:
             if name not in known:
                 warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(known)}", stacklevel=4)
@@ -306,19 +480,48 @@ class Backbone(ABC):
             raise ValueError(f"{name}{list(place)} is {ids[place]}, wanted 0 to {limit - 1} ({table} {limit})")
         return ids.astype(np.int64)
 
+    def check_embeddings(self, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+        """`value` as vectors (b, t, embedding_dim) in `embedding_dtype` for token ids of this `shape`; finite floats alone."""
+        vectors, wanted = np.asarray(value), (*shape, self.embedding_dim)
+        if not np.can_cast(vectors.dtype, np.float64) or vectors.dtype.kind in "biu":
+            raise ValueError(f"{name} must hold floats, got {vectors.dtype}")
+        if vectors.shape != wanted:
+            raise ValueError(f"{name} has shape {vectors.shape}, wanted {wanted}: a vector for each token id")
+        outside = ~np.isfinite(vectors)
+        if outside.any():
+            place = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise ValueError(f"{name}{list(place)} is {vectors[place]}, wanted a finite number")
+        return narrow(vectors, numpy_dtype(self.embedding_dtype))
+
+    def given_embeddings(self, embeddings: Any, shape: tuple[int, ...]) -> Any:
+        """Checked vectors on the device, in place of those of token ids of this `shape`; None if there are none."""
+        return None if embeddings is None else self.on_device(self.check_embeddings("embeddings", embeddings, shape))
+
+    @abstractmethod
+    def logits(self, hidden: Array) -> Array:
+        """Scores (*b, v) of the next token for the decoder's outputs (*b, n); both are of the accelerator's kind."""
+
     # -- generation -------------------------------------------------------------------------------------------------------
 
     def prefill(
-        self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params, start: Array | None = None
+        self,
+        token_ids: Array,
+        padding_mask: Array,
+        lengths: Array,
+        cache: Params,
+        start: Array | None = None,
+        embeddings: Array | None = None,
     ) -> Array:
         """Take prompts (b, t) into the cache from positions `start` (b,) on; scores (b, v) of the token after each.
 
-        The result is an array of the accelerator's kind, and so is the next method's.
+        `embeddings` (b, t, embedding_dim), a NumPy array, stand in place of the tokens' vectors; the ids then only say how
+        many there are. The result is an array of the accelerator's kind, and so is the next method's.
         """
         with self.running():
             ids, mask, counts = (self.on_device(array) for array in (token_ids, padding_mask, lengths))
             first = None if start is None else self.on_device(start)
-            return self.prefill_op(ids, mask, counts, self.device_params, cache, self.config, start=first)
+            vectors = self.given_embeddings(embeddings, token_ids.shape)
+            return self.prefill_op(ids, mask, counts, self.device_params, cache, self.config, start=first, embeddings=vectors)
 
     def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array:
         """Take one token a row (b, 1) into the cache at its position (b,); scores (b, v) of the next."""
@@ -330,6 +533,11 @@ class Backbone(ABC):
     def token_embedding(self) -> "TokenEmbedding":
         """The layer of token embeddings; `token_embedding(hidden, reverse=True)` gives logits."""
         return TokenEmbedding(self)
+
+
+def embeddings_name(token: str) -> str:
+    """The input that may stand in place of the vectors of this token input: `encoder_embeddings` for `encoder_token_ids`."""
+    return token.replace("token_ids", "embeddings")
 
 
 def check_batches(arrays: Mapping[str, Array]) -> None:
@@ -362,8 +570,8 @@ class TokenEmbedding:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self.input_dim: int = backbone.config.vocabulary_size
-        self.output_dim: int = backbone.config.hidden_dim
-        self.tie_weights: bool = getattr(backbone.config, "tie_embedding_weights", True)
+        self.output_dim: int = backbone.embedding_dim
+        self.tie_weights: bool = backbone.config.tie_embedding_weights
 
     @property
     def _table(self) -> Params:
@@ -382,8 +590,8 @@ class TokenEmbedding:
         return self._table["reverse_embeddings"]
 
     def __call__(self, inputs: Any, reverse: bool = False) -> Array:
-        dtype = self._backbone.compute_dtype
         if not reverse:
-            return np.asarray(token_vectors(self._backbone.check_ids("token_ids", inputs), self._table, dtype=dtype))
-        hidden = np.asarray(inputs).astype(numpy_dtype(dtype), copy=False)
+            ids, dtype = self._backbone.check_ids("token_ids", inputs), self._backbone.embedding_dtype
+            return np.asarray(token_vectors(ids, self._table, dtype=dtype))
+        hidden = np.asarray(inputs).astype(numpy_dtype(self._backbone.compute_dtype), copy=False)
         return np.asarray(token_scores(hidden, self._table))

@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `refmodels presets`, `refmodels info`.
+"""The command line: `refmodels generate`, `refmodels score`, `refmodels presets`, `refmodels info`, `refmodels convert`.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -10,12 +10,14 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,12 +33,12 @@ DEFAULT_NEW_TOKENS = 128
 FASTEST_FIRST = ("cupy", "numba")
 """Accelerators in the order the command line tries them; others that are installed come after these."""
 
-SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam")
+SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 WIDTH = 120
 
-ERROR, USAGE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
-"""Exit statuses; the last two are what a shell reports for a program that SIGPIPE or SIGINT ended."""
+ERROR, USAGE, BROKEN_PIPE, INTERRUPTED, TERMINATED = 1, 2, 141, 130, 143
+"""Exit statuses; the last three are what a shell reports for a program that SIGPIPE, SIGINT or SIGTERM ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _status(error: Exception) -> int:
     from refmodels.accelerator import AcceleratorError
 
-    asked = (ValueError, FileNotFoundError, NotADirectoryError, AcceleratorError)
+    asked = (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, AcceleratorError)
     return USAGE if isinstance(error, asked) else ERROR
 
 
@@ -159,26 +161,58 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--stop-token-ids", type=_stop_ids, default="auto", metavar="IDS", help="auto (the end token), none, or ids: 2,50118"
     )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the new text before TEXT (may be given several times)"
+    )
     group = generate.add_argument_group("choice of the next token")
     group.add_argument("--sampler", choices=SAMPLERS, help="default: what the other options imply, else greedy")
     group.add_argument("--temperature", type=float, metavar="X", help="divides the scores; below 1 is bolder")
     group.add_argument("--top-k", type=_positive, metavar="K", help="draw from the K most likely tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens of probability P in all")
+    group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
     group.add_argument("--num-beams", type=_positive, metavar="N", help="hypotheses that a beam search keeps")
     group.add_argument("--length-penalty", type=float, metavar="X", help="rank finished beams by score / length**X")
+    group.add_argument("--penalty-alpha", type=float, metavar="X", help="contrastive search: weight of unlikeness, 0 to 1")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens that were there less likely")
+    group.add_argument("--no-repeat-ngram-size", type=_positive, metavar="N", help="no run of N tokens comes twice")
     group.add_argument("--seed", type=_seed, metavar="N", help="makes random choices repeatable")
     group = generate.add_argument_group("output")
     group.add_argument("--strip-prompt", action="store_true", help="print only what is new")
     group.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    several = "print N draws or the N best beams, with a blank line between them"
+    group.add_argument("--num-return-sequences", type=_positive, metavar="N", help=several)
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--stats", action="store_true", help="report time and memory on standard error")
     group = generate.add_argument_group("where and how to compute")
     group.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
     group.add_argument("--dtype", metavar="POLICY", help="float32, float16, bfloat16, float64, mixed_float16, mixed_bfloat16")
 
+    score = commands.add_parser("score", help="say how likely a text is", description=_SCORE)
+    score.set_defaults(command=score_command)
+    score.add_argument("preset", metavar="PRESET", help="a name that `refmodels presets` lists, a directory or a handle")
+    score.add_argument("prompt", metavar="TEXT", help="the text; standard input if it is -")
+    score.add_argument("target", metavar="TARGET", nargs="?", help="score this alone: what follows TEXT, or answers it (T5)")
+    score.add_argument("--json", action="store_true", help="print one JSON object")
+    score.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
+    score.add_argument("--dtype", metavar="POLICY", help="as for generate")
+
     presets = commands.add_parser("presets", help="list the built-in presets", description="List the built-in presets.")
     presets.set_defaults(command=presets_command)
     presets.add_argument("--json", action="store_true", help="print a JSON array")
+
+    convert = commands.add_parser(
+        "convert", help="write a preset in KerasHub's or in Hugging Face's form", description=_CONVERT
+    )
+    convert.set_defaults(command=convert_command)
+    convert.add_argument("source", metavar="SRC", help="a name that `refmodels presets` lists, a directory or a handle")
+    convert.add_argument("target", metavar="DST", help="the directory to write")
+    convert.add_argument("--to", choices=("keras", "hf"), required=True, help="KerasHub's form or Hugging Face's")
+    convert.add_argument("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 (default: the type in the weight file)")
+    convert.add_argument(
+        "--max-shard-size", type=float, metavar="GIB", help="largest weight file (default: 10 for keras, 5 for hf)"
+    )
+    convert.add_argument("--force", action="store_true", help="replace DST as a whole, when all is written")
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
 
     info = commands.add_parser(
         "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
@@ -191,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _GENERATE = "Continue a text (OPT, BLOOM) or answer it (T5). The text appears as it is generated, except from a beam search."
+_SCORE = "Print the log-probability of each token of a text, or of a second text that follows or answers the first."
+_CONVERT = "Write a preset, its tokenizer included, in KerasHub's form or in Hugging Face's. DST appears when it is complete."
 _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
 
 
@@ -217,6 +253,12 @@ class Stopwatch(Iterator[str]):
             self.first_token_seconds = self.seconds
         return piece
 
+    def answers(self) -> list[tuple[str, list[int]]]:
+        """All answers of the stream, timed together."""
+        found = self._stream.answers()
+        self.seconds = time.perf_counter() - self._began
+        return found
+
     @property
     def decoding_speed(self) -> float | None:
         """Tokens a second after the first; None where the tokens did not come one by one."""
@@ -229,15 +271,17 @@ class Stopwatch(Iterator[str]):
 def generate_command(arguments: argparse.Namespace) -> None:
     """`refmodels generate`."""
     from refmodels.accelerator import REFERENCE, find
-    from refmodels.generate import Sampling
+    from refmodels.generate import Request, Sampling
     from refmodels.ops.precision import POLICIES
     from refmodels.presets import locate
     from refmodels.task import Task
 
     # Everything that can be refused without the weights is, before they are read.
-    names = ("sampler", "temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    sampling = Sampling(**given)
+    given = {field.name: value for field in fields(Sampling) if (value := getattr(arguments, field.name)) is not None}
+    request = Request(given, answers=arguments.num_return_sequences)
+    (sampling,) = request.rows(1)
+    if "" in arguments.stop:
+        raise ValueError("--stop wants a text that is not empty")
     if arguments.dtype is not None and arguments.dtype not in POLICIES:
         raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {arguments.dtype!r}")
     locate(arguments.preset)
@@ -255,29 +299,43 @@ def generate_command(arguments: argparse.Namespace) -> None:
     if new is None and arguments.max_length is None:
         new = DEFAULT_NEW_TOKENS
     length = arguments.max_length
-    generated = task.stream(prompt, length, arguments.stop_token_ids, max_new_tokens=new, **given)
+    several = request.several(sampling) > 1
+    generated = task.stream(
+        prompt,
+        length,
+        arguments.stop_token_ids,
+        max_new_tokens=new,
+        stop=arguments.stop,
+        num_return_sequences=arguments.num_return_sequences,
+        **given,
+    )
     clock = Stopwatch(generated)
     shown = "" if arguments.strip_prompt else generated.prompt_text
-    stream = not (arguments.no_stream or arguments.json or sampling.kind == "beam")
-    pieces = chain([shown], clock)
-    text = _write(pieces) if stream else "".join(pieces)
+    stream = not (arguments.no_stream or arguments.json or several or sampling.kind == "beam")
+    if several:
+        answers = [(shown + text, tokens) for text, tokens in clock.answers()]
+    else:
+        pieces = chain([shown], clock)
+        answers = [(_write(pieces) if stream else "".join(pieces), generated.tokens)]
+    texts, tokens = [text for text, _ in answers], [tokens for _, tokens in answers]
     stats = {
         "accelerator": REFERENCE if accelerator is None else accelerator.name,
         "dtype": task.backbone.config.dtype,
         "load_seconds": load_seconds,
         "prompt_tokens": len(generated.prompt_ids),
-        "new_tokens": len(generated.tokens),
+        "new_tokens": sum(map(len, tokens)),
         "first_token_seconds": clock.first_token_seconds,
         "seconds": clock.seconds,
         "decoding_tokens_per_second": clock.decoding_speed,
         "peak_memory_mb": peak_memory_mb(),
     }
     if arguments.json:
-        _print_json({"preset": arguments.preset, "prompt": prompt, "text": text, "tokens": generated.tokens, **stats})
+        said = {"text": texts, "tokens": tokens} if several else {"text": texts[0], "tokens": tokens[0]}
+        _print_json({"preset": arguments.preset, "prompt": prompt, **said, **stats})
     elif stream:
         print(flush=True)
     else:
-        print(text, flush=True)
+        print("\n\n".join(texts), flush=True)
     if arguments.stats:
         _print_stats(stats)
 
@@ -359,6 +417,34 @@ def _print_stats(stats: Mapping[str, Any]) -> None:
             _say(f"{name:<12} {value}")
 
 
+# -- score ----------------------------------------------------------------------------------------------------------------
+
+
+def score_command(arguments: argparse.Namespace) -> None:
+    """`refmodels score`."""
+    from refmodels.accelerator import find
+    from refmodels.presets import locate
+    from refmodels.task import Task
+
+    locate(arguments.preset)
+    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    prompt = _prompt(arguments.prompt)
+    with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
+        task = Task.from_preset(arguments.preset, accelerator=accelerator, dtype=arguments.dtype)
+    score = task.score(prompt, arguments.target)
+    tokens, log_probs = score.token_ids[0].tolist(), score.log_probs[0].tolist()
+    pieces = [task.tokenizer.id_to_token(token) for token in tokens]
+    total, perplexity = float(score.total[0]), None if not tokens else float(score.perplexity[0])
+    if arguments.json:
+        inputs = {"preset": arguments.preset, "text": prompt, "target": arguments.target}
+        _print_json({**inputs, "tokens": tokens, "log_probs": log_probs, "total": total, "perplexity": perplexity})
+        return
+    rows = [(f"{log_prob:.4f}", piece) for log_prob, piece in zip(log_probs, pieces, strict=True)]
+    summary = f"{len(tokens)} tokens" + ("" if perplexity is None else f", perplexity {perplexity:.4g}")
+    for line in _aligned([*rows, (f"{total:.4f}", summary)], right=(0,)):
+        print(line)
+
+
 # -- presets --------------------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +499,7 @@ class LayerRow:
 def info_command(arguments: argparse.Namespace) -> None:
     """`refmodels info`."""
     from refmodels.backbone import Backbone
+    from refmodels.parameters import stored_bytes
     from refmodels.presets import locate, preset_info, preset_names
 
     located = locate(arguments.preset)
@@ -420,8 +507,9 @@ def info_command(arguments: argparse.Namespace) -> None:
         backbone = Backbone.from_preset(arguments.preset, load_weights=False, dtype=arguments.dtype)
     known = preset_info(arguments.preset) if arguments.preset in preset_names() else {}
     table, count, kv = layer_rows(backbone.parameters()), backbone.count_params(), cache_values_per_token(backbone)
-    weights, cache = BYTES[backbone.variable_dtype], BYTES[backbone.compute_dtype]
-    memory = {name: {"weights_bytes": count * BYTES[name], "kv_cache_bytes_per_token": kv * BYTES[name]} for name in _COMPARED}
+    stored = {name: stored_bytes(backbone.parameters(), name) for name in {*_COMPARED, backbone.variable_dtype}}
+    weights, cache = stored[backbone.variable_dtype], BYTES[backbone.compute_dtype]
+    memory = {name: {"weights_bytes": stored[name], "kv_cache_bytes_per_token": kv * BYTES[name]} for name in _COMPARED}
     where = located.handle or ("shipped with refmodels" if known else str(located.directory))
     if arguments.json:
         _print_json(
@@ -433,7 +521,7 @@ def info_command(arguments: argparse.Namespace) -> None:
                 "config": backbone.get_config(),
                 "parameters": [{"name": r.name, "shapes": r.shapes, "times": r.times, "each": r.each} for r in table],
                 "parameter_count": count,
-                "weights_bytes": count * weights,
+                "weights_bytes": weights,
                 "kv_cache_bytes_per_token": kv * cache,
                 "memory": memory,
             }
@@ -443,17 +531,20 @@ def info_command(arguments: argparse.Namespace) -> None:
     if known.get("description"):
         print(textwrap.fill(known["description"], WIDTH))
     print("\nArguments")
-    _print_rows([(name, "None" if value is None else str(value)) for name, value in backbone.get_config().items()])
+    config, how = backbone.get_config(), backbone.quantization
+    if how is not None:  # else a policy for each layer
+        config["dtype"] = f"{how.keras_mode}_from_{backbone.config.dtype}"
+    _print_rows([(name, "None" if value is None else str(value)) for name, value in config.items()])
     print("\nParameters")
     rows = [("LAYER", "PARAMETERS", "EACH", "SHAPES")]
     rows += [(row.name, f"{row.each * row.times:,}", f"{row.each:,}", _shapes(row.shapes)) for row in table]
     _print_rows([*rows, ("total", f"{count:,}", "", "")], right=(1, 2))
     print("\nMemory")
     rows = [("DTYPE", "WEIGHTS", "KEYS AND VALUES", "")]
-    rows += [(name, _size(count * BYTES[name]), f"{kv * BYTES[name]:,} bytes a token", "") for name in _COMPARED]
+    rows += [(name, _size(stored[name]), f"{kv * BYTES[name]:,} bytes a token", "") for name in _COMPARED]
     policy = backbone.config.dtype
     if policy not in _COMPARED:
-        rows.append((policy, _size(count * weights), f"{kv * cache:,} bytes a token", ""))
+        rows.append((policy, _size(weights), f"{kv * cache:,} bytes a token", ""))
     rows = [(*row[:3], "this preset" if row[0] == policy else "") for row in rows]
     _print_rows(rows, right=(1, 2))
 
@@ -490,6 +581,45 @@ def cache_values_per_token(backbone: "Backbone") -> int:
     """Numbers that a key/value cache holds for one token: a key and a value for each head of each decoder layer."""
     config = backbone.config
     return int(2 * config.num_layers * config.num_heads * config.head_dim)
+
+
+# -- convert --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
+    """Let SIGTERM call this, if this is the main thread: no other may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def convert_command(arguments: argparse.Namespace) -> None:
+    """`refmodels convert`."""
+    from refmodels.convert import convert
+
+    def terminated(*_: Any) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print(f"\r{_size(done)} of {_size(total)} written", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "force")}
+    with _on_sigterm(terminated), redirect_stdout(sys.stderr):  # downloads report their progress on either stream
+        converted = convert(arguments.source, arguments.target, arguments.to, progress=progress, **options)
+    if arguments.json:
+        _print_json({"source": arguments.source, **asdict(converted)})
+        return
+    print(
+        f"{converted.directory}: {converted.format}, {converted.dtype}, {converted.tensors} tensors, {_size(converted.bytes)}",
+        flush=True,
+    )
 
 
 # -- printing -------------------------------------------------------------------------------------------------------------

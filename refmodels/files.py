@@ -1,7 +1,11 @@
-"""Files that a stranger wrote: no link out of the directory, no unbounded size, no field unchecked."""
+"""Files that a stranger wrote: no link out of the directory, no unbounded size, no field unchecked. And files that we write:
+complete or not there."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +29,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers": ("a whole number from 1 to 10 thousand", lambda value: type(value) is int and 1 <= value <= 10_000),
     "fraction": ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
     "flag": ("true or false", lambda value: type(value) is bool),
+    "object": ("an object", lambda value: type(value) is dict),
     "text": ("a string of at most 1000 characters", lambda value: type(value) is str and len(value) <= 1000),
 }
 """Kind of a field -> (what it must be, in words; whether a value is that)."""
@@ -95,3 +100,35 @@ def field(values: Mapping[str, Any], source: str, names: str | tuple[str, ...], 
     if not holds(values[name]):
         raise CheckpointError(f"{source}: field {name!r} is {str(values[name])[:100]!r}, wanted {words}")
     return values[name]
+
+
+def keras_object(module: str, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The form in which KerasHub writes an object of one of its classes to JSON."""
+    return {
+        "module": module,
+        "class_name": class_name,
+        "config": dict(config),
+        "registered_name": f"keras_hub>{class_name}",
+    }
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: what is written takes the place of `path` if the block ends well, and goes if not."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is there complete or not at all: beside its place first, then renamed."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as Keras does, indented by 4; errors and care as for `write_bytes`."""
+    write_bytes(path, (json.dumps(value, indent=4) + "\n").encode())

@@ -1,17 +1,21 @@
 """Loading: from a preset's directory to a backbone or a task. Everything is checked before any weight is converted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from refmodels.backbone import Backbone
+from refmodels.backbone import Backbone, policy_name
 from refmodels.files import CheckpointError, MissingFileError, read_json
 from refmodels.op import Array, Params
 from refmodels.ops.precision import numpy_dtype
 from refmodels.parameters import Parameter, build_tree
+from refmodels.preprocessor_files import saved_settings, task_settings
+from refmodels.preprocessors import PREPROCESSORS, Preprocessor
 from refmodels.presets import MODELS, TASKS, construct, locate
+from refmodels.quantization import fault, read_policy
 from refmodels.task import Task
 from refmodels.tokenizer_files import load_tokenizer
 from refmodels.tokenizers import Tokenizer
@@ -21,18 +25,55 @@ from refmodels.weights.tensor import Tensor
 
 B = TypeVar("B", bound=Backbone)
 T = TypeVar("T", bound=Task)
+P = TypeVar("P", bound=Preprocessor)
+K = TypeVar("K", bound=Tokenizer)
+
+KERAS_FILES = {"model.weights.h5": keras_h5, "model.weights.json": keras_h5}
+HUGGINGFACE_FILES = {
+    name + end: form
+    for name, form in (("model.safetensors", safetensors), ("pytorch_model.bin", torch_bin))
+    for end in ("", INDEX_SUFFIX)
+}
+"""Weight file -> the module that opens it, in the order of preference."""
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def preset_directory(preset: str | Path) -> Path:
-    """The local directory of a preset, after a download if need be. Errors as for `locate` and `Located.fetch`."""
-    return locate(preset).fetch()
+    """The local directory of a preset, after a download, without weights, if need be. Errors as for `locate` and
+    `Located.fetch`."""
+    return locate(preset).fetch(weights=False)
 
 
-def load_preset_tokenizer(preset: str | Path) -> Tokenizer:
-    """The tokenizer of a preset. Errors as for `preset_directory` and `tokenizers.load_tokenizer`."""
-    return load_tokenizer(preset_directory(preset))
+def load_preset_tokenizer(preset: str | Path, cls: type[K] | None = None, **options: Any) -> K:
+    """The tokenizer of a preset, of class `cls` or one below it. Errors as for `preset_directory` and `load_tokenizer`."""
+    wanted: type[Tokenizer] = cls or Tokenizer
+    tokenizer = load_tokenizer(preset_directory(preset), **options)
+    if not isinstance(tokenizer, wanted):
+        found = type(tokenizer).__name__
+        raise ValueError(f"{preset} holds {found}, not {wanted.__name__}: call {found}.from_preset or Tokenizer.from_preset")
+    return cast(K, tokenizer)
+
+
+def load_preprocessor(cls: type[P], preset: str | Path, **kwargs: Any) -> P:
+    """The preprocessor of a preset, for `cls` or, above it, of the class that fits the preset.
+
+    Its settings are those of preprocessor.json if that is there and of this class, else the defaults; `kwargs` replace them.
+    Errors as for `load_preset_tokenizer`.
+    """
+    if cls is cast(Any, Preprocessor):
+        raise ValueError("Preprocessor.from_preset does not say for what: call CausalLMPreprocessor.from_preset or the like")
+    directory = preset_directory(preset)
+    tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(directory)
+    known = next((kind for kind in PREPROCESSORS if kind.family == tokenizer.family and _related(kind, cls)), None)
+    if known is None:
+        raise ValueError(f"{preset} holds {type(tokenizer).__name__}, which {cls.__name__} does not take")
+    kind: Any = cls if issubclass(cls, known) else known
+    return cast(P, kind(tokenizer, **(saved_settings(directory, known) | kwargs)))
+
+
+def _related(kind: type, cls: type) -> bool:
+    return issubclass(kind, cls) or issubclass(cls, kind)
 
 
 def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, **kwargs: Any) -> B:
@@ -40,8 +81,8 @@ def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, *
 
     `cls` is a model's class, or `Backbone` to take the class from the preset. `kwargs` override the preset's
     constructor arguments. The dtype is the one in `kwargs`, else the one saved with the preset, else float32,
-    whatever the type in the weight file. With `load_weights=False` no weight file is opened, and a built-in name
-    needs no download.
+    whatever the type in the weight file; a quantised preset stays quantised under another dtype. With
+    `load_weights=False` no weight file is opened or downloaded, and a built-in name needs no download at all.
 
     Everything is checked before any weight is converted. ValueError names the file and the field or tensor, what was
     found and what was wanted; FileNotFoundError a missing file; ImportError a missing package.
@@ -51,10 +92,17 @@ def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, *
         model, source = _model(cls, located.info["class"], located.preset), f"preset {located.preset}"
         arguments = keras_config.arguments(located.info["config"], model.family, source)
         return cast(B, construct(model, arguments, kwargs, source))
-    directory = located.fetch()
+    directory = located.fetch(weights=False)
+    if load_weights and located.directory is None:  # what can be refused is, before gigabytes are fetched
+        load_backbone(cls, directory, load_weights=False, **kwargs)
+        directory = located.fetch()
     source = str(directory / "config.json")
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise CheckpointError(f"{directory / 'adapter_config.json'}: LoRA adapters are not supported, load the base model")
+        base = read_json(directory, "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{directory / 'adapter_config.json'}: an adapter of {str(base)[:300]!r}, not a model: load that model with "
+            f"from_preset, then call its load_peft_adapter({str(directory)!r})"
+        )
     config = read_json(directory, "config.json")
     if "registered_name" in config:
         load = _load_keras
@@ -66,24 +114,37 @@ def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, *
 
 
 def load_task(cls: type[T], preset: str | Path, load_weights: bool = True, **kwargs: Any) -> T:
-    """Build the task of a preset: its backbone (for `kwargs` and errors see `load_backbone`) and its tokenizer.
+    """Build the task of a preset: its backbone (for `kwargs` and errors see `load_backbone`) and its preprocessor.
 
-    `cls` is a task's class, or one above it to take the class from the preset. The tokenizer is None if the preset's directory
-    has no tokenizer files, and for a built-in name with `load_weights=False` that would have to be downloaded.
+    `cls` is a task's class, or one above it to take the class from the preset. `preprocessor=` replaces the preset's, which has
+    the settings of task.json, else of preprocessor.json, else the defaults. It is None if the directory has no tokenizer
+    files, and for a built-in name with `load_weights=False` that would have to be downloaded.
     """
     located, above = locate(preset), cast(Any, Backbone)
-    directory = located.fetch() if located.info is None else None
+    directory = located.fetch(weights=False) if located.info is None else None
+    given = "preprocessor" in kwargs
+    preprocessor = kwargs.pop("preprocessor", None)
     model: type[Backbone] = type(load_backbone(above, directory or preset, load_weights=False, **kwargs))
     task = next(task for task in TASKS if task.backbone_class is model)
     if not issubclass(task, cls) and not issubclass(cls, task):
         call = f"call {task.__name__}.from_preset"
         raise ValueError(f"{preset} holds a {model.__name__}, which {cls.__name__} cannot run: {call}")
-    if load_weights and directory is None:
+    if load_weights:
         directory = located.fetch()
+    if not given and directory is not None:
+        preprocessor = _task_preprocessor(directory, task)
     backbone = load_backbone(model, directory or preset, load_weights=load_weights, **kwargs)
-    files = [] if directory is None else [directory / name for name in ("tokenizer.json", "vocab.json", "spiece.model")]
-    tokenizer = load_tokenizer(directory) if directory is not None and any(file.exists() for file in files) else None
-    return (task if issubclass(task, cls) else cls)(backbone, tokenizer)
+    return (task if issubclass(task, cls) else cls)(backbone, preprocessor)
+
+
+def _task_preprocessor(directory: Path, task: type[Task]) -> Preprocessor | None:
+    """What a preset's directory says about the task's preprocessor; None if it says that there is none."""
+    kind: Any = task.preprocessor_class
+    settings = task_settings(directory, task.__name__, kind)
+    if settings is None or not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+        return None
+    preprocessor: Preprocessor = kind(load_tokenizer(directory, kind.family), **settings)
+    return preprocessor
 
 
 def _load_keras(
@@ -91,12 +152,16 @@ def _load_keras(
 ) -> Backbone:
     source = str(directory / "config.json")
     model = _model(cls, keras_config.class_name(config, source), source)
-    backbone = construct(model, keras_config.arguments(config.get("config"), model.family, source), kwargs, source)
+    arguments = keras_config.arguments(config.get("config"), model.family, source)
+    backbone = construct(model, arguments, _still_quantised(arguments["dtype"], kwargs, source), source)
     if load_weights:
-        name = _weight_file(directory, "model.weights.h5", "model.weights.json")
+        name = _weight_file(directory, *KERAS_FILES)
         with keras_h5.open_tensors(directory, name) as tensors:
             if any(tensor.startswith("lora/") for tensor in tensors):
-                raise CheckpointError(f"{directory / name}: LoRA adapters are not supported, load the base model")
+                raise CheckpointError(
+                    f"{directory / name}: it holds adapters (lora/), not a model's weights: load the base model, then call its "
+                    "load_lora_weights"
+                )
             backbone.params = _assemble(
                 backbone,
                 tensors,
@@ -109,29 +174,51 @@ def _load_keras(
     return backbone
 
 
+def _still_quantised(saved: Any, kwargs: dict[str, Any], source: str) -> dict[str, Any]:
+    """`kwargs` with the dtype in it, if any, as the one that a quantised model computes in: it stays quantised."""
+    if kwargs.get("dtype") is None:
+        return kwargs
+    try:
+        _, mode, _ = read_policy(saved, lambda plain: "")
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    policy, given, _ = read_policy(kwargs["dtype"], policy_name)
+    return kwargs if mode is None or given is not None else kwargs | {"dtype": f"{mode}_from_{policy}"}
+
+
 def _load_huggingface(
     cls: type[Backbone], directory: Path, config: dict[str, Any], load_weights: bool, kwargs: dict[str, Any]
 ) -> Backbone:
     source = str(directory / "config.json")
     arguments = huggingface.arguments(config, source)
     model = _model(cls, huggingface.CLASSES[config["model_type"]], source)
-    backbone = construct(model, arguments, kwargs, source)
-    if load_weights:
-        forms = {"model.safetensors": safetensors, "pytorch_model.bin": torch_bin}
-        name = _weight_file(directory, *(form + end for form in forms for end in ("", INDEX_SUFFIX)))
-        with forms[name.removesuffix(INDEX_SUFFIX)].open_tensors(directory, name) as tensors:
-            huggingface.check_head(tensors, model.family, arguments, str(directory / name))
-            start = huggingface.prefix(tensors, model.family)
-            backbone.params = _assemble(
-                backbone,
-                tensors,
-                directory / name,
-                names=lambda parameter: huggingface.names(parameter, start),
-                stored_shape=huggingface.stored_shape,
-                ignorable=lambda name: huggingface.ignorable(name, model.family, start),
-                convert=huggingface.convert,
-            )
+    if not load_weights:
+        return construct(model, arguments, kwargs, source)
+    name = _weight_file(directory, *HUGGINGFACE_FILES)
+    with HUGGINGFACE_FILES[name].open_tensors(directory, name) as tensors:
+        if "tie_embedding_weights" not in kwargs:
+            arguments["tie_embedding_weights"] = huggingface.tied(tensors, config, str(directory / name))
+        backbone = construct(model, arguments, kwargs, source)
+        start = huggingface.prefix(tensors, model.family)
+        backbone.params = _assemble(
+            backbone,
+            tensors,
+            directory / name,
+            names=lambda parameter: huggingface.names(parameter, start),
+            stored_shape=huggingface.stored_shape,
+            ignorable=lambda name: huggingface.ignorable(name, model.family, start),
+            convert=huggingface.convert,
+        )
     return backbone
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of a preset's directory of either form, not read yet. Errors as for `keras_h5.open_tensors`."""
+    forms = KERAS_FILES if "registered_name" in read_json(directory, "config.json") else HUGGINGFACE_FILES
+    name = _weight_file(directory, *forms)
+    with forms[name].open_tensors(directory, name) as tensors:
+        yield tensors
 
 
 def _weight_file(directory: Path, *names: str) -> str:
@@ -165,7 +252,9 @@ def _assemble(
 ) -> Params:
     """The tree of this backbone's parameters from the tensors of a file: all are checked first, then read one by
     one."""
-    parameters = backbone.parameters()
+    parameters, how = backbone.parameters(), backbone.quantization
+    if how is not None and all(tensor.dtype.name in FLOATS for tensor in tensors.values()):
+        raise CheckpointError(f"{file} holds plain weights: load it with a plain dtype, then call quantize({how.mode!r})")
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for parameter in parameters:
@@ -177,17 +266,22 @@ def _assemble(
         tensor = found[parameter.path] = tensors[name]
         if tensor.shape != stored_shape(parameter):
             problems.append(f"tensor {name!r} has shape {tensor.shape}, wanted {stored_shape(parameter)}")
-        elif tensor.dtype.name not in FLOATS:
+        elif parameter.dtype == "int8" and tensor.dtype.name != "int8":
+            problems.append(f"tensor {name!r} has dtype {tensor.dtype}, wanted int8")
+        elif parameter.dtype != "int8" and tensor.dtype.name not in FLOATS:
             problems.append(f"tensor {name!r} has dtype {tensor.dtype}, wanted one of {', '.join(FLOATS)}")
     used = {tensor.name for tensor in found.values()}
     problems += [f"tensor {name!r} is surplus" for name in tensors if name not in used and not ignorable(name)]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{file} does not fit this {type(backbone).__name__}: {'; '.join(problems[:8])}{more}")
-    target = numpy_dtype(backbone.variable_dtype)
+    variable_dtype = backbone.variable_dtype
 
     def leaf(parameter: Parameter) -> Array:
         values = convert(found[parameter.path].read(), parameter).reshape(parameter.shape)
+        if how is not None and (problem := fault(parameter, values, how)):
+            raise CheckpointError(f"{file}: tensor {found[parameter.path].name!r} {problem}")
+        target = numpy_dtype(parameter.dtype or variable_dtype)
         with np.errstate(over="ignore"):  # beyond the type's range is an infinity, as the type defines it
             return np.array(values, dtype=target, order="C")
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from refmodels.files import CheckpointError, inside, read_json
+from refmodels.files import CheckpointError, inside, read_json, write_bytes
 from refmodels.tokenizers import FAMILIES, T5Tokenizer, Tokenizer, argument_names, checked_vocabulary, quoted
 
 
@@ -40,9 +40,9 @@ def load_tokenizer(directory: str | Path, family: str | None = None, **options: 
 def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, options: dict[str, Any]) -> Tokenizer:
     file = root / "tokenizer.json"
     found = {c.__name__: c for c in FAMILIES.values()}.get(str(data["class_name"]))
-    wanted = [c.__name__ for c in FAMILIES.values() if family in (None, c._family)]
+    wanted = [c.__name__ for c in FAMILIES.values() if family in (None, c.family)]
     if found is None or found.__name__ not in wanted:
-        raise CheckpointError(f"{file} describes a {data['class_name']}, wanted {quoted(wanted)}")
+        raise CheckpointError(f"{file} describes a {str(data['class_name'])[:100]}, wanted {quoted(wanted)}")
     config: Any = data.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f'{file} must hold "config" as an object, found {type(config).__name__}')
@@ -50,7 +50,8 @@ def _load_keras_hub(root: Path, data: dict[str, Any], family: str | None, option
     while isinstance(dtype, dict):  # a serialized DTypePolicy; the oldest files have a plain string
         dtype = dtype.get("config", dtype.get("name"))
     of_keras = ("trainable", "config_file", "proto", "vocabulary", "merges")  # the assets are files of their own
-    arguments = {k: v for k, v in config.items() if k not in of_keras}
+    beside = {"extra_ids": data["extra_ids"]} if found is T5Tokenizer and "extra_ids" in data else {}
+    arguments = {k: v for k, v in config.items() if k not in of_keras} | beside
     if surplus := arguments.keys() - set(argument_names(found)):
         raise CheckpointError(f"{file} has the unknown setting {quoted(sorted(surplus))} for {found.__name__}")
     assets = ["vocabulary.spm"] if found is T5Tokenizer else ["vocabulary.json", "merges.txt"]
@@ -92,6 +93,13 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
         return found(vocabulary, model["merges"], **options)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def save_hugging_face(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the files of Hugging Face's form: spiece.model or tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+    for OPT vocab.json and merges.txt, too. ValueError for a tokenizer that Transformers cannot have."""
+    for name, content in tokenizer.hugging_face_files().items():
+        write_bytes(directory / name, content)
 
 
 def _optional_json(root: Path, name: str) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 
-from refmodels.files import parse_json, read_bytes
+from refmodels.files import keras_object, parse_json, read_bytes, write_bytes, write_json
 
 MAX_SEQUENCE_LENGTH = 10_000_000
 """Every result is padded to the sequence length: a larger one is a corrupt file."""
@@ -38,7 +38,7 @@ class Tokenizer:
     end_token: ClassVar[str]
     pad_token: ClassVar[str]
     optional_special_tokens: ClassVar[tuple[str, ...]] = ()
-    _family: ClassVar[str]
+    family: ClassVar[str]
     _invalid_bytes: ClassVar[str] = "replace"  # how the streaming decoder treats bytes that are not UTF-8
 
     def __init__(self, sequence_length: int | None, dtype: str, name: str | None, unknown: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Tokenizer:
             raise ValueError(f'dtype must name an integer type such as "int32", not {dtype!r}')
         self.sequence_length = sequence_length
         self.dtype = dtype
-        self.name = name or f"{self._family}_tokenizer"
+        self.name = name or f"{self.family}_tokenizer"
 
     def _set_special_tokens(self, vocabulary: dict[str, int], source: str) -> None:
         """Keep the vocabulary and look the special tokens up; `source` is what the error calls the file."""
@@ -84,6 +84,10 @@ class Tokenizer:
         return head
 
     def _assets(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    def hugging_face_files(self) -> dict[str, bytes]:
+        """The files, by name, with which Transformers' AutoTokenizer gives the same ids; ValueError where it cannot."""
         raise NotImplementedError
 
     @overload
@@ -155,19 +159,30 @@ class Tokenizer:
         config = {"name": self.name, "trainable": True, "dtype": policy | {"registered_name": None}}
         return config | {"config_file": "tokenizer.json", "sequence_length": self.sequence_length}
 
-    def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and assets/tokenizer/ as KerasHub does; `tokenizer_files.load_tokenizer` reads them."""
-        name = type(self).__name__
-        envelope: dict[str, Any] = {
-            "module": f"keras_hub.src.models.{self._family}.{self._family}_tokenizer",
-            "class_name": name,
-        }
-        envelope |= {"config": self.get_config(), "registered_name": f"keras_hub>{name}"}
-        assets = Path(directory) / "assets" / "tokenizer"
+    def keras_object(self) -> dict[str, Any]:
+        """KerasHub's object in tokenizer.json, and inside preprocessor.json."""
+        return keras_object(
+            f"keras_hub.src.models.{self.family}.{self.family}_tokenizer", type(self).__name__, self.get_config()
+        )
+
+    @classmethod
+    def from_preset(cls, preset: str | Path, **options: Any) -> Self:
+        """The tokenizer of a preset: a built-in name, a directory or a handle. `options` replace the file's arguments.
+
+        On `Tokenizer` itself the class comes from the preset; on a model's class another family is a ValueError.
+        """
+        from refmodels.loading import load_preset_tokenizer
+
+        tokenizer: Self = load_preset_tokenizer(preset, cls, **options)
+        return tokenizer
+
+    def save_to_preset(self, preset_dir: str | Path) -> None:
+        """Write tokenizer.json and assets/tokenizer/ as KerasHub does; `from_preset` reads them."""
+        assets = Path(preset_dir) / "assets" / "tokenizer"
         assets.mkdir(parents=True, exist_ok=True)
         for file, content in self._assets().items():
-            (assets / file).write_bytes(content)
-        (Path(directory) / "tokenizer.json").write_text(json.dumps(envelope, indent=4) + "\n", encoding="utf-8")
+            write_bytes(assets / file, content)
+        write_json(Path(preset_dir) / "tokenizer.json", self.keras_object())
 
 
 class StreamDecoder:
@@ -220,7 +235,7 @@ class T5Tokenizer(Tokenizer):
 
     start_token = end_token = "</s>"
     pad_token = "<pad>"
-    _family = "t5"
+    family = "t5"
     _invalid_bytes = "refmodels.bytewise"
 
     def __init__(
@@ -284,10 +299,20 @@ class T5Tokenizer(Tokenizer):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {"proto": None, "add_bos": self.add_bos, "add_eos": self.add_eos}
-        return config | {"extra_ids": self.extra_ids} if self.extra_ids else config  # KerasHub does not know the key
+        return config | {"extra_ids": self.extra_ids} if self.extra_ids else config
+
+    def keras_object(self) -> dict[str, Any]:
+        found = super().keras_object()
+        extra_ids = found["config"].pop("extra_ids", 0)  # beside "config": KerasHub has no such argument
+        return found | {"extra_ids": extra_ids} if extra_ids else found
 
     def _assets(self) -> dict[str, bytes]:
         return {"vocabulary.spm": self._proto}
+
+    def hugging_face_files(self) -> dict[str, bytes]:
+        named = {"eos_token": self.end_token, "unk_token": self._tokens[self._model.unk_id()], "pad_token": self.pad_token}
+        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.extra_ids, **named}
+        return {"spiece.model": self._proto, **_json_files(tokenizer_config=settings, special_tokens_map=named)}
 
 
 class _BytePairTokenizer(Tokenizer):
@@ -314,6 +339,7 @@ class _BytePairTokenizer(Tokenizer):
         table = parse_json(_read(vocabulary), source) if isinstance(vocabulary, (str, Path)) else vocabulary
         self._set_special_tokens(checked_vocabulary(table, source), source)
         self._merges = _checked_merges(merges, self._ids)
+        self._library = tokenizers
         self.add_prefix_space = add_prefix_space
         if unsplittable_tokens is not None and not isinstance(unsplittable_tokens, (list, tuple)):
             raise ValueError(f"unsplittable_tokens must be a list of tokens, not {unsplittable_tokens!r:.80}")
@@ -365,6 +391,23 @@ class _BytePairTokenizer(Tokenizer):
         merges = "".join(f"{left} {right}\n" for left, right in self._merges)
         return {"vocabulary.json": json.dumps(self._ids, ensure_ascii=False).encode(), "merges.txt": merges.encode()}
 
+    def hugging_face_files(self) -> dict[str, bytes]:
+        unknown = "<unk>" if "<unk>" in self._ids else None
+        model = self._library.models.BPE(vocab=self._ids, merges=self._merges, unk_token=unknown)
+        content = self._library.Tokenizer(model)
+        content.pre_tokenizer, content.decoder = self._bpe.pre_tokenizer, self._bpe.decoder
+        content.add_special_tokens(self.special_tokens)
+        content.add_tokens([self._library.AddedToken(token, normalized=False) for token in self.unsplittable_tokens])
+        named = {"bos_token": self.start_token, "eos_token": self.end_token, "pad_token": self.pad_token}
+        named["unk_token"] = unknown or self.end_token
+        settings = {**self._hugging_face_settings(content), **named}
+        texts = _json_files(tokenizer_config=settings, special_tokens_map=named)
+        return {"tokenizer.json": content.to_str(pretty=True).encode(), **texts}
+
+    def _hugging_face_settings(self, content: Any) -> dict[str, Any]:
+        """What tokenizer_config.json says beside the special tokens; completes `content`, the library's tokenizer."""
+        raise NotImplementedError
+
 
 class OPTTokenizer(_BytePairTokenizer):
     """OPT's byte-level BPE tokenizer, which splits text as GPT-2 does.
@@ -385,10 +428,23 @@ class OPTTokenizer(_BytePairTokenizer):
     start_token = end_token = "</s>"
     pad_token = "<pad>"
     optional_special_tokens = ("<s>", "<unk>")
-    _family = "opt"
+    family = "opt"
 
     def _splitting_rule(self, tokenizers: Any) -> Any:
         return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def _hugging_face_settings(self, content: Any) -> dict[str, Any]:
+        content.pre_tokenizer = self._library.pre_tokenizers.ByteLevel(add_prefix_space=self.add_prefix_space)
+        start = (self.start_token, self.start_token_id)
+        content.post_processor = self._library.processors.TemplateProcessing(
+            single=f"{self.start_token} $A", pair=f"{self.start_token} $A {self.start_token} $B", special_tokens=[start]
+        )
+        return {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": self.add_prefix_space}
+
+    def hugging_face_files(self) -> dict[str, bytes]:
+        assets = self._assets()
+        merges = b"#version: 0.2\n" + assets["merges.txt"]  # Transformers drops the first line, whatever it says
+        return {**super().hugging_face_files(), "vocab.json": assets["vocabulary.json"], "merges.txt": merges}
 
 
 class BloomTokenizer(_BytePairTokenizer):
@@ -404,7 +460,7 @@ class BloomTokenizer(_BytePairTokenizer):
     end_token = "</s>"
     pad_token = "<pad>"
     optional_special_tokens = ("<unk>",)
-    _family = "bloom"
+    family = "bloom"
     splitting_pattern: ClassVar[str] = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 
     def _splitting_rule(self, tokenizers: Any) -> Any:
@@ -413,8 +469,13 @@ class BloomTokenizer(_BytePairTokenizer):
         words = rules.Split(tokenizers.Regex(self.splitting_pattern), behavior="isolated")
         return rules.Sequence([words, rules.ByteLevel(add_prefix_space=False, use_regex=False)])
 
+    def _hugging_face_settings(self, content: Any) -> dict[str, Any]:
+        if self.add_prefix_space:
+            raise ValueError("add_prefix_space=True: Transformers would put a space before every word of a BLOOM tokenizer")
+        return {"tokenizer_class": "BloomTokenizerFast", "add_prefix_space": False}
 
-FAMILIES: dict[str, type[Tokenizer]] = {c._family: c for c in (T5Tokenizer, OPTTokenizer, BloomTokenizer)}
+
+FAMILIES: dict[str, type[Tokenizer]] = {c.family: c for c in (T5Tokenizer, OPTTokenizer, BloomTokenizer)}
 """The class of each family."""
 
 
@@ -453,6 +514,11 @@ def _checked_merges(merges: Any, vocabulary: dict[str, int]) -> list[tuple[str, 
                 raise ValueError(f"{source}, entry {number}: the vocabulary lacks {piece!r}")
         pairs.append((left, right))
     return pairs
+
+
+def _json_files(**contents: dict[str, Any]) -> dict[str, bytes]:
+    """`name`.json with each content."""
+    return {f"{name}.json": (json.dumps(content, indent=2) + "\n").encode() for name, content in contents.items()}
 
 
 def _read(path: str | Path) -> bytes:

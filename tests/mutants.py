@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from refmodels import Accelerator, bloom, generate, opt, t5, use
+from refmodels import Accelerator, bloom, generate, lora, opt, preprocessors, quantization, t5, task, use
 from refmodels.backbone import Backbone
-from refmodels.ops import attention, cache, elementwise, heads, linear, mask, norm, position, sampling
+from refmodels.ops import attention, cache, dense, elementwise, heads, linear, mask, norm, position, quantize, sampling
 from refmodels.ops.precision import compute_dtype
-from refmodels.weights import huggingface
+from refmodels.weights import huggingface, keras_config, keras_lora, peft
 
 Change = tuple[str, str]
 
@@ -97,6 +97,165 @@ def set_attribute(owner: Any, attribute: str, name: str, fault: str, value: Call
 
     MUTANTS.append(Mutant(name, fault, plant, tuple(areas.split())))
 
+
+# -- Quantised weights ---------------------------------------------------------------------------------------------------------
+
+PRODUCTS = "linear_int8 logits_int8"
+INT4 = "linear_int4 embedding_int4 logits_int4"
+
+mutate_function(
+    quantize._rescaled,
+    "scales multiplied",
+    "the sum is multiplied by the scales, not divided",
+    ("/ (scale.astype", "* (scale.astype"),
+    areas=PRODUCTS,
+)
+mutate_function(
+    quantize._rescaled,
+    "scale of the inputs forgotten",
+    "the sum is divided by the kernel's scale alone",
+    ("scale.astype(compute)[..., None] * kernel_scale", "kernel_scale"),
+    areas=PRODUCTS,
+)
+mutate_function(
+    quantize._integer_product,
+    "sum in int16",
+    "the products are added in sixteen bits",
+    (
+        "rows[:, :_EXACT_TERMS].astype(np.float32) @ kernel[:_EXACT_TERMS].astype(np.float32)",
+        "rows[:, :_EXACT_TERMS].astype(np.int16) @ kernel[:_EXACT_TERMS].astype(np.int16)",
+    ),
+    areas=PRODUCTS,
+)
+set_attribute(
+    quantize, "_EXACT_TERMS", "long sum in float32", "sums above 2**24 are rounded", lambda: 100_000, areas="exact_sum"
+)
+mutate(
+    quantize.row_scale,
+    "one scale for all rows",
+    "the largest value of the batch sets the scale of every row",
+    (
+        "np.abs(x.astype(np.float32)).max(-1, initial=0.0)",
+        "np.full(x.shape[:-1], np.abs(x.astype(np.float32)).max(initial=0.0))",
+    ),
+)
+mutate(
+    quantize.row_scale,
+    "largest without its sign",
+    "a row with a large negative value gets the scale of its positive ones",
+    ("np.abs(x.astype(np.float32)).max", "x.astype(np.float32).max"),
+)
+mutate(
+    quantize.row_scale,
+    "scale to 128",
+    "the largest value becomes 128",
+    ("np.float32(127.0)", "np.float32(128.0)"),
+)
+mutate(
+    quantize.row_scale,
+    "no epsilon",
+    "a row of zeros divides by zero",
+    ("largest + EPSILON", "largest"),
+)
+mutate(
+    quantize.quantize_rows,
+    "integers truncated",
+    "digits are cut off, not rounded",
+    ("np.rint(levels", "np.trunc(levels"),
+)
+mutate(
+    quantize.quantize_rows,
+    "halves up",
+    "ties go up, not to even",
+    ("np.rint(levels", "np.floor(levels + np.float32(0.5)"),
+)
+mutate(
+    quantize.pack_int4,
+    "nibbles swapped when packing",
+    "the even number is in the high bits",
+    ("front[0::2] | front[1::2] << 4", "front[1::2] | front[0::2] << 4"),
+)
+mutate(
+    quantize.unpack_int4,
+    "nibbles swapped when unpacking",
+    "the even number is read from the high bits",
+    ("front[0::2], front[1::2] =", "front[1::2], front[0::2] ="),
+)
+mutate(
+    quantize.unpack_int4,
+    "nibbles without sign",
+    "four bits are 0 to 15",
+    ("halves << 4 >> 4,", "halves & 15,"),
+)
+mutate_function(
+    quantize.dequantized_groups,
+    "zero added",
+    "the zero is added, not subtracted",
+    ("-= zeros", "+= zeros"),
+    areas=INT4,
+)
+mutate_function(
+    quantize.dequantized_groups,
+    "scale of int4 divided",
+    "the difference is divided by the scale, as in int8",
+    ("*= scales", "/= scales"),
+    areas=INT4,
+)
+mutate_function(
+    quantize.dequantized_groups,
+    "group off by one",
+    "an input takes the scale of the group after its own",
+    ("int(g_idx[start])", "min(int(g_idx[start]) + 1, len(scales) - 1)"),
+    areas=INT4,
+)
+mutate_function(
+    quantize.quantized_groups,
+    "zero of the wrong sign",
+    "the zero is counted from the other end",
+    ("np.rint(-smallest / scale)", "np.rint(smallest / scale)"),
+    areas="quantise_int4",
+)
+mutate_function(
+    quantize.quantized_groups,
+    "smallest value unpadded",
+    "a short last group is filled with its largest number",
+    (
+        "padded = np.zeros((groups * block_size, columns), np.float32)",
+        "padded = np.full((groups * block_size, columns), kernel.max(), np.float32)",
+    ),
+    areas="quantise_int4",
+)
+mutate_function(
+    quantization._quantized,
+    "scale of the wrong axis",
+    "the scale of a kernel is taken over the inputs of a row",
+    ("matrix = values if by_row else values.T", "matrix = values.T if by_row else values"),
+    areas="quantise_int8",
+)
+mutate(
+    dense.dense,
+    "inputs not quantised",
+    "int8 for the weights alone, where the inputs are to be quantised too",
+    ("linear_int8(quantize_rows(x, scale), scale, kernel", "linear_weight_int8(x, kernel"),
+    areas="int8",
+)
+mutate(
+    dense.token_vectors,
+    "scale of the table inverted",
+    "the lookup takes the row times its scale",
+    (
+        'embedding_int8(token_ids, p["embeddings"], p["embeddings_scale"], dtype=dtype)',
+        'embedding_int8(token_ids, p["embeddings"], row_scale(p["embeddings_scale"][:, None]), dtype=dtype)',
+    ),
+    areas="int8",
+)
+reorder(
+    quantize.linear_weight_int8,
+    "dequantised first",
+    "the kernel is divided by its scale before the product",
+    ("kernel.astype(rows.dtype) / wide(kernel_scale)", "(kernel.astype(rows.dtype) / wide(kernel_scale))"),
+    areas="int8",
+)
 
 # -- Attention ---------------------------------------------------------------------------------------------------------------
 
@@ -468,6 +627,7 @@ mutate(
     "an empty sum is NaN",
     "the mean of nothing in place of the sum of nothing",
     ("(rows @ wide(kernel))", "(rows @ wide(kernel) * (np.nan if kernel.shape[0] == 0 else 1))"),
+    areas="empty",
 )
 mutate(
     linear.linear,
@@ -616,14 +776,20 @@ mutate(
     "ties go to the highest id",
     ("logits.argmax(-1)", "logits.shape[-1] - 1 - logits[:, ::-1].argmax(-1)"),
 )
-mutate(sampling.sample_token, "top_k off by one", "k + 1 tokens stay", (":top_k]", ": top_k and top_k + 1]"))
+mutate(sampling.sample_token, "top_k off by one", "k + 1 tokens stay", ("< top_k[:, None]", "<= top_k[:, None]"))
 mutate(
     sampling.sample_token,
     "top_p leaves the crossing token out",
     "what is kept has less probability than p",
     ("before = np.cumsum(probability, -1) - probability", "before = np.cumsum(probability, -1)"),
 )
-mutate(sampling.sample_token, "temperature multiplied", "hot is cold", (") / temperature", ") * temperature"))
+mutate(sampling.sample_token, "temperature multiplied", "hot is cold", ("below / temperature", "below * temperature"))
+mutate(
+    sampling.sample_token,
+    "min_p of all",
+    "not of the most likely token's probability",
+    ("relative >= min_p", "relative / relative.sum(-1, keepdims=True) >= min_p"),
+)
 mutate(
     sampling.sample_token,
     "top_p before renormalising",
@@ -647,18 +813,15 @@ mutate(
     opt.opt_decoder_layer,
     "OPT: norm after the residual",
     "the feed-forward layer is normalised behind the sum, as opt-350m does",
-    ('h = layer_norm(x, **p["feedforward_layer_norm"], epsilon=EPSILON)\n    h = relu(dense(h,', "h = relu(dense(x,"),
-    (
-        "return add(x, dropout(h, config.dropout, rng))",
-        'return layer_norm(add(x, dropout(h, config.dropout, rng)), **p["feedforward_layer_norm"], epsilon=EPSILON)',
-    ),
+    ("h = layer_norm(x, **second, epsilon=EPSILON) if before else x", "h = x"),
+    ("return x if before else layer_norm(x, **second,", "return layer_norm(x, **second,"),
     areas="opt",
 )
 mutate(
     opt.opt_backbone,
     "OPT without its final norm",
     "the last layer's output as it is",
-    ('return layer_norm(x, **params["layer_norm"], epsilon=EPSILON)', "return x"),
+    ("if config.has_final_layer_norm:", "if False:"),
     areas="opt",
 )
 mutate(
@@ -672,9 +835,51 @@ mutate(
     opt.opt_decoder_layer,
     "OPT: norms swapped",
     "the second norm's parameters are used in front of attention",
-    ('p["self_attention_layer_norm"]', 'p["feedforward_layer_norm"]'),
+    (
+        '= p["self_attention_layer_norm"], p["feedforward_layer_norm"]',
+        '= p["feedforward_layer_norm"], p["self_attention_layer_norm"]',
+    ),
     areas="opt",
 )
+mutate(
+    opt.opt_decoder_layer,
+    "OPT-350m: norms first",
+    "its norms stand where those of the rest of the family do",
+    ("before = config.do_layer_norm_before", "before = True"),
+    areas="opt_350m",
+)
+mutate(
+    opt.opt_decoder_layer,
+    "OPT-350m: the norm beside the stream",
+    "the feed-forward layer sees the normalised sum, but the stream goes on without the norm",
+    ("x = x if before else layer_norm(x, **first, epsilon=EPSILON)", "pass"),
+    (
+        "h = layer_norm(x, **second, epsilon=EPSILON) if before else x",
+        "h = layer_norm(x, **(second if before else first), epsilon=EPSILON)",
+    ),
+    areas="opt_350m",
+)
+set_attribute(
+    opt.OPTConfig,
+    "has_final_layer_norm",
+    "OPT: a norm behind a stack that has none",
+    "remove_final_layer_norm is not looked at",
+    lambda: property(lambda config: config.do_layer_norm_before),
+    areas="opt_no_final_norm",
+)
+for model, label in (
+    (opt.opt_backbone, "OPT"),
+    (bloom.bloom_backbone, "BLOOM"),
+    (t5.t5_encoder, "T5"),
+    (t5.t5_decoder, "T5 decoder"),
+):
+    mutate(
+        model,
+        f"{label}: vectors left aside",
+        "the ids are looked up although vectors stand in their place",
+        (" if embeddings is None else embeddings", ""),
+        areas="vectors",
+    )
 set_attribute(opt, "EPSILON", "OPT with T5's epsilon", "1e-6 in place of 1e-5", lambda: 1e-6, areas="opt")
 mutate(
     bloom.bloom_backbone,
@@ -805,12 +1010,36 @@ mutate(
     ("h = rms_norm(x", "h = x = rms_norm(x"),
     areas="t5",
 )
-mutate(
-    t5.t5_logits,
+set_attribute(
+    t5.T5Config,
+    "logits_scale",
     "T5: untied head scaled",
     "n**-0.5 where the original has none",
-    ("config.hidden_dim**-0.5 if config.tie_embedding_weights else 1.0", "config.hidden_dim**-0.5"),
+    lambda: property(lambda config: config.hidden_dim**-0.5),
     areas="t5_gated",
+)
+set_attribute(
+    t5.T5Config,
+    "logits_scale",
+    "T5: the scale is as tied",
+    "scale_logits is not looked at",
+    lambda: property(lambda config: config.hidden_dim**-0.5 if config.tie_embedding_weights else 1.0),
+    areas="heads",
+)
+set_attribute(
+    t5.T5Config,
+    "logits_scale",
+    "T5: the scale on the wrong side",
+    "the scores are divided by n**-0.5",
+    lambda: property(lambda config: config.hidden_dim**0.5),
+    areas="heads",
+)
+mutate(
+    dense.token_scores,
+    "untied head: the scale left out",
+    "only the tied head is scaled",
+    ('dense(scaled(x, scale), p["reverse_embeddings"])', 'dense(x, p["reverse_embeddings"])'),
+    areas="heads",
 )
 set_attribute(
     t5.T5Config,
@@ -846,6 +1075,55 @@ mutate_function(
     areas="weights opt",
 )
 mutate_function(
+    huggingface.stored,
+    "saved: query, key and value not interleaved",
+    "the fused tensor written as [q,k,v][head][d]",
+    ("np.concatenate(three, axis=1)", "np.concatenate(three, axis=0)"),
+    areas="save_bloom",
+)
+mutate_function(
+    huggingface.stored,
+    "saved: the two offset rows behind the table",
+    "Transformers then looks up the row of position + 2",
+    ("np.concatenate([np.zeros_like(values[:2], shape=(2, *values.shape[1:])), values])", "np.pad(values, ((0, 2), (0, 0)))"),
+    areas="save_opt",
+)
+mutate_function(
+    huggingface.stored,
+    "saved: square tensors not transposed",
+    "only the shape decides about the layout",
+    ("return values.T\n", "return values.T if values.shape[0] != values.shape[1] else values\n"),
+    areas="save_opt",
+)
+mutate_function(
+    huggingface._t5_configuration,
+    "saved: gated erf gelu as gated-gelu",
+    "which to Transformers is the tanh form",
+    ('function = "gelu_python"', 'function = "gelu"'),
+    areas="save_t5_gelu",
+)
+mutate_function(
+    keras_config.envelope,
+    "saved: tanh gelu by its name",
+    "which KerasHub does not find",
+    ('found.get("activation") == "gelu_approximate"', "False"),
+    areas="save_t5_flan",
+)
+mutate_function(
+    huggingface.logits_scaled,
+    "T5: tie_word_embeddings says whether to scale",
+    "scale_decoder_outputs is not looked at",
+    ('field(config, source, "scale_decoder_outputs", "flag", tied)', "tied"),
+    areas="head_files",
+)
+mutate_function(
+    huggingface.tied,
+    "an lm_head.weight is a head of its own",
+    "also if it equals the token table",
+    ("_equal(head, tables[0])", "False"),
+    areas="head_files",
+)
+mutate_function(
     t5.t5_parameters,
     "T5: wi_0 and wi_1 swapped",
     "the gate's kernel is read for the input's",
@@ -871,14 +1149,14 @@ mutate_function(
     generate.decode,
     "stop token ignored",
     "generation goes on to the limit",
-    ("remaining[np.isin(tokens, list(stop))] = 0", "pass"),
+    ("remaining[ended] = 0", "pass"),
     areas="stop",
 )
 mutate_function(
     generate.decode,
     "one row stops all",
     "the first stop token ends the whole batch",
-    ("remaining[np.isin(tokens, list(stop))] = 0", "remaining[:] *= not np.isin(tokens, list(stop)).any()"),
+    ("remaining[ended] = 0", "remaining[:] *= not ended.any()"),
     areas="stop",
 )
 mutate_function(
@@ -906,7 +1184,7 @@ mutate_function(
     generate.beam_search,
     "beam: no length penalty for what is finished",
     "short hypotheses are ranked by their sum",
-    ("finished.append((score / length**sampling.length_penalty,", "finished.append((score,"),
+    ("finished.append(Hypothesis(score / length**penalty,", "finished.append(Hypothesis(score,"),
     areas="beam_stop",
 )
 mutate_function(
@@ -917,11 +1195,96 @@ mutate_function(
     areas="beam_stop",
 )
 mutate_function(
-    generate.Sampling.generators,
+    generate.decode,
     "one generator for all rows",
     "a row's draws depend on its batch",
-    ("return [np.random.default_rng(seed) for seed in seeds]", "return [np.random.default_rng(seeds[0])] * rows"),
+    ("[row.generator() for row in rows]", "[rows[0].generator()] * len(rows)"),
     areas="seeds",
+)
+mutate_function(
+    generate.Sampling.filters,
+    "greedy rows draw",
+    "a row without settings draws as its neighbours do",
+    ('1 if self.kind == "greedy" else self.top_k', "self.top_k"),
+    areas="rows",
+)
+mutate(
+    sampling.penalise_repetition,
+    "penalty on negative scores divided",
+    "a repeated token with a negative score becomes likelier",
+    ("scores < 0", "scores < -np.inf"),
+    areas="penalty",
+)
+mutate(
+    sampling.penalise_repetition,
+    "penalty counts padding",
+    "what stands behind a shorter row is penalised, too",
+    ("np.nonzero(mask)", "np.nonzero(mask | True)"),
+)
+mutate(
+    sampling.forbid_ngrams,
+    "n-grams one too long",
+    "a run of n tokens may come twice, one of n + 1 not",
+    ("for i, n in enumerate(size):", "for i, n in enumerate(size + (size > 0)):"),
+    areas="ngrams",
+)
+mutate(sampling.allow_tokens, "constraint reversed", "what is allowed is excluded", ("np.where(allowed,", "np.where(~allowed,"))
+mutate(
+    sampling.contrastive_choice,
+    "contrastive: likeness rewarded",
+    "the candidate most like the text wins",
+    ("- alpha * cosine", "+ alpha * cosine"),
+    areas="contrastive",
+)
+mutate(
+    sampling.contrastive_choice,
+    "contrastive: mean likeness",
+    "the mean of the cosines in place of the largest",
+    ("cosine.max(-1)", "cosine.mean(-1)"),
+    areas="contrastive",
+)
+mutate_function(
+    generate.contrastive_search,
+    "contrastive: the best candidate's cache is not kept",
+    "the next token sees the first candidate's keys and values",
+    ("select_rows(branches, best)", "select_rows(branches, best * 0)"),
+    areas="contrastive",
+)
+mutate_function(
+    generate.contrastive_search,
+    "contrastive: positions off by one",
+    "new tokens stand one too far",
+    ("range(len(prompt), len(prompt) + limit)", "range(len(prompt) - 1, len(prompt) + limit - 1)"),
+    areas="contrastive",
+)
+mutate_function(
+    generate.beam_search,
+    "beam: penalty before log softmax",
+    "the scores are changed in place of their log probabilities",
+    ("restrict(log_probabilities,", "log_softmax.reference(restrict(logits,"),
+    ("exhaustible=True)", "exhaustible=True))"),
+    areas="beam_penalty",
+)
+mutate_function(
+    generate.derived_seed,
+    "all answers from one seed",
+    "several draws for one prompt are the same",
+    ("if draw == 0", "if draw >= 0"),
+    areas="several",
+)
+mutate_function(
+    generate.StopText._extend,
+    "stop strings are not held back",
+    "a stop string that spans tokens is shown",
+    ("keep = next((i for i in starts if", "keep = next((i for i in starts if False and"),
+    areas="stop_text",
+)
+mutate_function(
+    generate.StopText._extend,
+    "the earliest stop string wins",
+    "not the one that is complete first",
+    ("min(ends)[1]", "min(place for _, place in ends)"),
+    areas="stop_text",
 )
 mutate_function(
     Backbone.check_pair,
@@ -929,6 +1292,149 @@ mutate_function(
     "token 0 is padding when the caller did not say so",
     ("check_mask(mask, inputs.get(mask), ids.shape)", "check_mask(mask, inputs.get(mask, ids != 0), ids.shape)"),
     areas="default_mask",
+)
+
+# -- Scores and preprocessing -------------------------------------------------------------------------------------------------
+
+mutate(
+    sampling.token_log_probs,
+    "scores that are not normalised",
+    "the distance to the best token in place of the log-probability",
+    ("log_softmax.reference(logits)", "(wide(logits) - wide(logits).max(-1, keepdims=True))"),
+    areas="score",
+)
+mutate_function(
+    task.CausalLM.score,
+    "scores one off",
+    "a token is scored by the logits of the position that has read it",
+    (" ids[:, 1:]", " ids[:, :-1]"),
+    areas="score",
+)
+mutate_function(
+    task.Seq2SeqLM.score,
+    "scores of the decoder one off",
+    "a token is scored by the logits of the position that has read it",
+    (" new[:, 1:]", " new[:, :-1]"),
+    areas="score",
+)
+mutate_function(
+    task.CausalLM.score,
+    "the inputs are scored with the targets",
+    "log p(inputs, targets) in place of log p(targets | inputs)",
+    ("given = [max(1, len(row)) for row in rows]", "pass"),
+    areas="score_targets",
+)
+mutate_function(
+    task.SoftPrompt.prefill,
+    "vectors of a row in a batch from the right",
+    "its padding is read in place of its beginning",
+    (": token_ids.shape[1]]", "-token_ids.shape[1] :]"),
+    areas="soft_prompt",
+)
+mutate_function(
+    preprocessors.Preprocessor._packed,
+    "no room for the end token",
+    "a text that is cut loses its end token",
+    ("room = length - (start is not None) - (end is not None)", "room = length - (start is not None)"),
+    ("head + tokens[:room] + tail for", "(head + tokens[:room] + tail)[:length] for"),
+    areas="packed",
+)
+mutate_function(
+    preprocessors.CausalLMPreprocessor.__call__,
+    "labels are not shifted",
+    "the label of a token is the token",
+    ("ids[..., 1:], mask[..., 1:]", "ids[..., :-1], mask[..., :-1]"),
+    areas="packed",
+)
+
+# -- Adapters ----------------------------------------------------------------------------------------------------------------
+
+mutate(linear.lora_product, "adapter at scale 1", "alpha / r is left out", (" * wide(lora_scale)", ""))
+mutate(
+    linear.lora_product,
+    "groups and ranks exchanged",
+    "the factors of the heads are taken for those of the ranks",
+    (
+        "wide(lora_kernel_a).reshape(size, groups * rank)",
+        "np.swapaxes(wide(lora_kernel_a), 1, 2).reshape(size, groups * rank)",
+    ),
+    areas="opt_lora",
+)
+mutate(
+    linear.lora_product,
+    "adapter rounded in between",
+    "x @ a is rounded to the type of x",
+    ("inner.reshape(count * groups, rank)", "wide(narrow(inner, x.dtype)).reshape(count * groups, rank)"),
+)
+mutate(linear.lora_merged, "adapter taken away", "kernel - scale * a @ b", ("+ change", "- change"), areas="merged_lora")
+mutate(
+    linear.lora_merged,
+    "adapter merged in half precision",
+    "a @ b is rounded before it is added",
+    ("change.reshape(kernel.shape)", "wide(narrow(change, kernel.dtype)).reshape(kernel.shape)"),
+)
+mutate(
+    dense.dense,
+    "adapter in place of the product",
+    "the layer's own product is lost",
+    ("return add(y, lora_product(", "return add(scaled(y, 0.0), lora_product("),
+    areas="opt_lora",
+)
+mutate_function(
+    lora.drawn,
+    "fan-in without the heads",
+    "a is drawn for k inputs, not for k inputs of g heads",
+    ("6.0 / (k * groups)", "6.0 / k"),
+    areas="enable_lora",
+)
+mutate_function(
+    lora.trainable,
+    "biases frozen",
+    "the biases of adapted layers stay as they are",
+    ('for leaf in ("bias", A, B)', "for leaf in (A, B)"),
+    areas="enable_lora",
+)
+mutate_function(
+    lora.Adapter.with_groups,
+    "groups laid out crosswise",
+    "the cut factors are put at the other heads",
+    ("a[:, i, i] = self.a[:, 0]", "a[:, i, groups - 1 - i] = self.a[:, 0]"),
+    areas="grouped_lora",
+)
+mutate_function(
+    lora.Adapter.with_scale,
+    "scale divided twice",
+    "the other scale over this one",
+    ("self.scale / scale)", "scale / self.scale)"),
+    areas="grouped_lora",
+)
+mutate_function(
+    keras_lora.indices,
+    "an index for every name",
+    "layers that the model does not have are counted",
+    ("if not name or name + part in owners", ""),
+    areas="lora_indices",
+)
+mutate_function(
+    peft.PeftConfig.scale,
+    "alpha / rank where the root is wanted",
+    "rank-stabilised adapters at the usual scale",
+    ("math.sqrt(rank) if self.root else rank", "rank"),
+    areas="peft_rslora",
+)
+mutate_function(
+    peft.PeftConfig.scale,
+    "alpha_pattern matched anywhere",
+    "a pattern need not be the end of the name",
+    ("pattern.match(module)", "pattern.pattern[8:12] in module"),
+    areas="peft_pattern",
+)
+mutate_function(
+    lora._parts,
+    "one b for the fused module",
+    "each of BLOOM's three kernels takes the first rows of B",
+    ("huggingface.convert(whole.b, kernel)", "whole.b[: kernel.shape[1]].T"),
+    areas="peft_fused",
 )
 
 # -- The same sums in another order --------------------------------------------------------------------------------------------
@@ -988,4 +1494,11 @@ reorder(
     "one division a row, and the weight first",
     ("xw / np.sqrt(mean_square + epsilon) * wide(weight)", "xw * wide(weight) * (1 / np.sqrt(mean_square + epsilon))"),
     areas="t5",
+)
+reorder(
+    linear.lora_product,
+    "b at the scale first",
+    "x a (scale b)",
+    ("wide(lora_kernel_b) * wide(lora_scale)", "(wide(lora_kernel_b) * wide(lora_scale))"),
+    areas="opt_lora",
 )

@@ -5,6 +5,7 @@ Each function follows the published equation, not our code, and computes in doub
 """
 
 import math
+import struct
 from fractions import Fraction
 from itertools import product
 
@@ -148,6 +149,17 @@ def lora_product(x, lora_kernel_a, lora_kernel_b, lora_scale, *, dtype=None):
         )
 
     return build((*x.shape[:-1], groups * columns), element)
+
+
+def lora_merged(kernel, lora_kernel_a, lora_kernel_b, lora_scale):
+    rank, columns = lora_kernel_b.shape
+
+    def element(j, column):
+        group, place = divmod(column, columns)
+        products = math.fsum(lora_kernel_a[j, group, r] * lora_kernel_b[r, place] for r in range(rank))
+        return kernel[j, column] + lora_scale[()] * products
+
+    return build(kernel.shape, element)
 
 
 def embedding(ids, embeddings, *, dtype=None):
@@ -344,13 +356,18 @@ def cache_select(cache, rows):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def log_softmax(logits):
+def log_softmax(logits, temperature=1.0):
     def element(*i):
         row = [logits[(*i[:-1], j)] for j in range(logits.shape[-1])]
         peak = max(row)
-        return (logits[i] - peak) - math.log(math.fsum(exp(v - peak) for v in row))
+        return (logits[i] - peak) / temperature - math.log(math.fsum(exp((v - peak) / temperature) for v in row))
 
     return build(logits.shape, element)
+
+
+def token_log_probs(logits, token_ids):
+    logs = log_softmax(logits)
+    return build(token_ids.shape, lambda *i: logs[(*i, int(token_ids[i]))])
 
 
 def greedy_token(logits):
@@ -361,8 +378,40 @@ def greedy_token(logits):
     return build(logits.shape[:1], element)
 
 
-def candidates(row, temperature=1.0, top_k=None, top_p=None):
-    """[(token, probability), ...] of what may be drawn, most likely first, and how far top_p is from deciding otherwise."""
+def held_tokens(token_ids, mask, i):
+    """The tokens of row i."""
+    return [token_ids[i, j] for j in range(mask.shape[1]) if mask[i, j]]
+
+
+def penalise_repetition(logits, token_ids, mask, penalty):
+    def element(i, j):
+        score, factor = logits[i, j], penalty[(i,)]
+        if j not in held_tokens(token_ids, mask, i):
+            return score
+        return score * factor if score < 0 else score / factor
+
+    return build(logits.shape, element)
+
+
+def forbid_ngrams(logits, token_ids, mask, size):
+    def element(i, j):
+        n, longer = size[(i,)], [*held_tokens(token_ids, mask, i), j]
+        runs = [tuple(longer[k : k + n]) for k in range(len(longer) - n + 1)]
+        return -math.inf if n > 0 and runs and runs[-1] in runs[:-1] else logits[i, j]
+
+    return build(logits.shape, element)
+
+
+def allow_tokens(logits, allowed):
+    return build(logits.shape, lambda *i: logits[i] if allowed[i] else -math.inf)
+
+
+def has_choice(logits):
+    return build(logits.shape[:1], lambda i: max(logits[i, j] for j in range(logits.shape[1])) > -math.inf)
+
+
+def candidates(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """[(token, probability), ...] of what may be drawn, most likely first, and how far top_p and min_p are from another."""
     order = sorted(range(len(row)), key=lambda token: (-row[token], token))[:top_k]
     peak = row[order[0]]
     weights = [exp((row[token] - peak) / temperature) for token in order]
@@ -374,15 +423,21 @@ def candidates(row, temperature=1.0, top_k=None, top_p=None):
             margin = min(margin, abs(before - top_p))
             if before > top_p:
                 break
+        if min_p is not None and rank > 0:
+            margin = min(margin, abs(weights[rank] - min_p))
+            if weights[rank] < min_p:
+                break
         kept.append((token, likely[rank]))
     total = math.fsum(p for _, p in kept)
     return [(token, p / total) for token, p in kept], margin
 
 
-def sample_token(logits, uniform, *, temperature=1.0, top_k=None, top_p=None):
+def sample_token(logits, uniform, **settings):
+    """`settings` are tensors with an entry for each row, or None."""
+
     def element(i):
         row = [logits[i, j] for j in range(logits.shape[1])]
-        kept, _ = candidates(row, temperature, top_k, top_p)
+        kept, _ = candidates(row, **{name: values[(i,)] for name, values in settings.items() if values is not None})
         reached = 0.0
         for token, probability in kept:
             reached += probability
@@ -393,22 +448,177 @@ def sample_token(logits, uniform, *, temperature=1.0, top_k=None, top_p=None):
     return build(logits.shape[:1], element)
 
 
-def beam_candidates(logits, scores, count):
-    b, v = logits.shape
-    logs = log_softmax(logits)
+def beam_candidates(log_probabilities, scores, count):
+    b, v = log_probabilities.shape
+    logs = log_probabilities
     ranked = sorted((-(scores[(i,)] + logs[i, j]), i, j) for i in range(b) for j in range(v))[:count]
     size = (len(ranked),)
     return tuple(Tensor(size, [sign * entry[part] for entry in ranked]) for part, sign in ((0, -1), (1, 1), (2, 1)))
+
+
+def likeliest_tokens(logits, count, *, temperature=1.0):
+    b, v = logits.shape
+    logs = log_softmax(logits, temperature)
+    ranked = [sorted(range(v), key=lambda j: (-logits[i, j], j))[:count] for i in range(b)]
+    shape = (b, min(count, v))
+    tokens = build(shape, lambda i, k: ranked[i][k])
+    return build(shape, lambda i, k: exp(logs[i, tokens[i, k]])), tokens
+
+
+def contrastive_scores(probabilities, hidden, earlier, alpha):
+    """What `contrastive_choice` compares."""
+
+    def cosine(x, y):
+        lengths = math.sqrt(math.fsum(v * v for v in x)) * math.sqrt(math.fsum(v * v for v in y))
+        return math.fsum(v * w for v, w in zip(x, y, strict=True)) / lengths if lengths else 0.0
+
+    n = range(hidden.shape[1])
+    past = [[earlier[0, j, m] for m in n] for j in range(earlier.shape[1])]
+    likeness = [max(cosine([hidden[i, m] for m in n], y) for y in past) for i in range(hidden.shape[0])]
+    shares = [probabilities[0, i] for i in range(hidden.shape[0])]
+    return [
+        (1.0 - alpha) * share - alpha * like if share > 0 else -math.inf for share, like in zip(shares, likeness, strict=True)
+    ]
+
+
+def contrastive_choice(probabilities, hidden, earlier, *, alpha):
+    scores = contrastive_scores(probabilities, hidden, earlier, alpha)
+    return Tensor((1,), [scores.index(max(scores))])
+
+
+# -- quantised weights ------------------------------------------------------------------------------------------------
+
+
+def single(x):
+    """x rounded to float32. One operation on two float32 numbers, rounded to double before, comes out the same."""
+    try:
+        return struct.unpack("f", struct.pack("f", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+def row_scale(x):
+    def element(*i):
+        row = [single(x[(*i, j)]) for j in range(x.shape[-1])]
+        if not all(map(math.isfinite, row)):
+            return math.nan
+        return single(127.0 / single(max(map(abs, row), default=0.0) + single(1e-7)))
+
+    return build(x.shape[:-1], element)
+
+
+def quantize_rows(x, scale):
+    def element(*i):
+        level = single(x[i]) * single(scale[i[:-1]])
+        if math.isnan(level):
+            return 0
+        level = single(level)
+        return max(-127, min(127, round(level) if math.isfinite(level) else math.copysign(127, level)))
+
+    result = build(x.shape, element)
+    return Tensor(result.shape, [int(v) for v in result.values])
+
+
+def linear_int8(values, scale, kernel, kernel_scale, bias=None, *, dtype):
+    def element(*i):
+        total = sum(values[(*i[:-1], j)] * kernel[j, i[-1]] for j in range(kernel.shape[0]))
+        return total / (scale[i[:-1]] * kernel_scale[i[-1:]]) + (bias[i[-1:]] if bias else 0.0)
+
+    return build((*values.shape[:-1], kernel.shape[1]), element)
+
+
+def linear_weight_int8(x, kernel, kernel_scale, bias=None, *, dtype=None):
+    kernel = build(kernel.shape, lambda i, j: kernel.values[i * kernel.shape[1] + j] / kernel_scale[(j,)])
+    return linear(x, kernel, bias)
+
+
+def nibble(byte, high):
+    """The number from -8 to 7 in the low or high four bits of a byte, which is given signed."""
+    four = byte % 256 // 16 if high else byte % 16
+    return four - 16 if four > 7 else four
+
+
+def pack_int4(values, *, axis=-1):
+    axis %= len(values.shape)
+    shape = list(values.shape)
+    shape[axis] = -(-shape[axis] // 2)
+
+    def element(*i):
+        def four(place):
+            return values[(*i[:axis], place, *i[axis + 1 :])] % 16 if place < values.shape[axis] else 0
+
+        byte = four(2 * i[axis]) + 16 * four(2 * i[axis] + 1)
+        return byte - 256 if byte > 127 else byte
+
+    return build(shape, element)
+
+
+def unpack_int4(packed, size, *, axis=-1):
+    axis %= len(packed.shape)
+    shape = (*packed.shape[:axis], size, *packed.shape[axis + 1 :])
+    return build(shape, lambda *i: nibble(packed[(*i[:axis], i[axis] // 2, *i[axis + 1 :])], i[axis] % 2))
+
+
+def linear_int4(x, kernel, kernel_scale, kernel_zero, g_idx, bias=None, *, axis=-1, dtype=None):
+    size, columns = x.shape[-1], kernel_scale.shape[1]
+    levels = unpack_int4(kernel, size if axis == 0 else columns, axis=axis)
+
+    def weight(i, j):
+        place = int(g_idx[(i,)]), j
+        return (levels[i, j] - kernel_zero[place]) * kernel_scale[place]
+
+    return linear(x, build((size, columns), weight), bias)
+
+
+def embedding_int8(ids, embeddings, embeddings_scale, *, dtype):
+    def element(*i):
+        row = ids[i[:-1]]
+        return embeddings[row, i[-1]] / embeddings_scale[(row,)]
+
+    return build((*ids.shape, embeddings.shape[1]), element)
+
+
+def int4_table(embeddings, embeddings_scale, embeddings_zero, g_idx):
+    levels = unpack_int4(embeddings, g_idx.shape[0])
+
+    def element(i, j):
+        place = i, int(g_idx[(j,)])
+        return (levels[i, j] - embeddings_zero[place]) * embeddings_scale[place]
+
+    return build(levels.shape, element)
+
+
+def embedding_int4(ids, embeddings, embeddings_scale, embeddings_zero, g_idx, *, dtype):
+    return embedding(ids, int4_table(embeddings, embeddings_scale, embeddings_zero, g_idx), dtype=dtype)
+
+
+def transposed(table):
+    return build(table.shape[::-1], lambda i, j: table[j, i])
+
+
+def logits_int8(values, scale, embeddings, embeddings_scale, *, dtype):
+    return linear_int8(values, scale, transposed(embeddings), embeddings_scale, dtype=dtype)
+
+
+def logits_weight_int8(x, embeddings, embeddings_scale):
+    return linear_weight_int8(x, transposed(embeddings), embeddings_scale)
+
+
+def logits_int4(x, embeddings, embeddings_scale, embeddings_zero, g_idx):
+    return linear(x, transposed(int4_table(embeddings, embeddings_scale, embeddings_zero, g_idx)))
 
 
 ORACLES = {
     function.__name__: function
     for function in (
         add, multiply, scaled, relu, gelu, gelu_approximate, silu, linear_activation, dropout, split_heads, merge_heads,
-        linear, lora_product,
+        linear, lora_merged, lora_product,
         embedding, logits_from_embeddings, last_rows, causal_mask, key_mask, token_positions, relative_position_buckets,
         relative_position_bias, alibi_slopes, alibi_bias, layer_norm, rms_norm, attention_scores, masked_softmax,
-        attention_context, cache_allocate, cache_append, cache_select, log_softmax, greedy_token, sample_token,
-        beam_candidates,
+        attention_context, cache_allocate, cache_append, cache_select, log_softmax, token_log_probs,
+        greedy_token, sample_token,
+        row_scale, quantize_rows, linear_int8, linear_weight_int8, pack_int4, unpack_int4, linear_int4, embedding_int8,
+        embedding_int4, logits_int8, logits_weight_int8, logits_int4,
+        beam_candidates, penalise_repetition, forbid_ngrams, allow_tokens, has_choice, likeliest_tokens, contrastive_choice,
     )
 }  # fmt: skip

@@ -26,25 +26,41 @@ ARROWS = {
     "ops": {"ops", "op", "numerics"},
     "accelerator": {"op"},
     "parameters": {"op", "ops"},
+    "quantization": {"op", "ops", "parameters"},
     "generate": {"backbone", "op", "ops"},
-    "backbone": {"accelerator", "op", "ops", "parameters"},
-    "task": {"backbone", "generate", "op"},
-    **{model: {"ops", "op", "parameters", "backbone", "task"} for model in MODELS},
+    "samplers": {"generate"},
+    "backbone": {"accelerator", "op", "ops", "parameters", "quantization"},
+    "task": {"backbone", "files", "generate", "op", "preprocessors", "samplers", "scoring", "tokenizers"},
+    **{model: {"ops", "op", "parameters", "backbone", "preprocessors", "task"} for model in MODELS},
     "weights": {"weights", "files", "op", "ops", "parameters"},
     "tokenizers": {"files"},
     "tokenizer_files": {"files", "tokenizers"},
+    "preprocessors": {"files", "op", "tokenizers"},
+    "preprocessor_files": {"files", "preprocessors"},
+    "scoring": {"backbone", "op", "ops"},
+    "lora": {"backbone", "files", "op", "ops", "parameters", "weights"},
     "presets": {"backbone", "files", "hub", "task", "weights", *MODELS},
-    "hub": {"files"},
-    "loading": {"backbone", "files", "op", "ops", "parameters", "presets", "task", "tokenizer_files", "tokenizers", "weights"},
+    "hub": {"files", "weights"},
+    "saving": {"backbone", "files", "lora", "op", "ops", "parameters", "task", "tokenizer_files", "weights"},
+    "convert": {"backbone", "loading", "ops", "presets", "saving", "task"},
+    "loading": {
+        "backbone", "files", "op", "ops", "parameters", "preprocessor_files", "preprocessors", "presets",
+        "quantization", "task", "tokenizer_files", "tokenizers", "weights",
+    },
     "trace": {"op", "numerics", "files"},
     "compare": {"op", "numerics", "files", "trace"},
     "conformance": {"op", "numerics", "accelerator"},
     "opdoc": {"op", "ops", "numerics"},
     "cli": EVERYTHING,
     "__main__": {"cli"},
-    "__init__": {"accelerator", "backbone", "op", "task", *MODELS},
+    "__init__": {"accelerator", "backbone", "op", "preprocessors", "samplers", "task", "tokenizers", *MODELS},
 }  # fmt: skip
-LATE = {"backbone": {"loading", "presets"}, "task": {"loading"}}  # inside functions
+LATE = {
+    "backbone": {"loading", "lora", "presets", "saving"},
+    "task": {"loading", "saving"},
+    "preprocessors": {"loading"},
+    "tokenizers": {"loading"},
+}  # inside functions
 
 # Package of others -> the modules that may import it, inside functions only. Any other package may be imported by none.
 OTHERS = {

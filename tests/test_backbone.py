@@ -74,7 +74,7 @@ EVERY_CLASS = [
     ),
     ({"dtype": np.int32}, "dtype must be one of float32.*got 'int32'"),
     ({"dtype": 7}, "dtype must be one of float32.*got 7"),
-    ({"dtype": {"class_name": "QuantizedDTypePolicy", "config": {"name": "int8"}}}, "'QuantizedDTypePolicy' is not supported"),
+    ({"dtype": {"class_name": "QuantizedDTypePolicy", "config": {"name": "int8"}}}, "mode is None, wanted 'int8'"),
     ({"dtype": {"class_name": "DTypePolicy", "config": {}}}, "wanted a DTypePolicy with a name"),
 ]
 EPSILON = [

@@ -46,7 +46,7 @@ def preset(tmp_path_factory):
     tokenizer = OPTTokenizer(str(TOKENIZER / "vocab.json"), str(TOKENIZER / "merges.txt"))
     arguments = SMALL | {"vocabulary_size": tokenizer.vocabulary_size(), "max_sequence_length": 64}
     write_config(directory, "OPTBackbone", **arguments)
-    tokenizer.save(directory)
+    tokenizer.save_to_preset(directory)
     backbone = OPTBackbone(**arguments, seed=3)
     # Larger weights than the initial ones: otherwise a model repeats its last token.
     arrays = {path: 8.0 * array if array.ndim == 2 else array for path, array in flatten(backbone.params)}
@@ -101,6 +101,11 @@ def test_generate_prints_the_prompt_and_what_follows(run, preset):
         (["--top-p", "0.9", "--seed", "5"], {"top_p": 0.9, "seed": 5}),
         (["--num-beams", "3", "--length-penalty", "0.5"], {"num_beams": 3, "length_penalty": 0.5}),
         (["--sampler", "beam", "--strip-prompt"], {"sampler": "beam", "strip_prompt": True}),
+        (["--min-p", "0.1", "--seed", "5"], {"min_p": 0.1, "seed": 5}),
+        (["--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+        (["--no-repeat-ngram-size", "2"], {"no_repeat_ngram_size": 2}),
+        (["--sampler", "contrastive", "--penalty-alpha", "0.3"], {"sampler": "contrastive", "penalty_alpha": 0.3}),
+        (["--stop", "e", "--stop", "\n"], {"stop": ["e", "\n"]}),
         (["--dtype", "float64"], {}),
     ],
     ids=" ".join,
@@ -171,6 +176,27 @@ def test_json(run, preset):
     assert 0 < found["first_token_seconds"] <= found["seconds"]
     assert found["decoding_tokens_per_second"] > 0
     assert found["load_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--num-beams", "3"], {"num_beams": 3}),
+        (["--temperature", "2", "--seed", "4"], {"temperature": 2.0, "seed": 4}),
+        (["--num-beams", "2", "--strip-prompt", "--stop", "e"], {"num_beams": 2, "strip_prompt": True, "stop": "e"}),
+    ],
+    ids=str,
+)
+def test_several_answers(run, preset, options, arguments):
+    command = ["generate", "TINY", PROMPT, "--max-new-tokens", "12", "--num-return-sequences", "2", *options]
+    wanted = expected(preset, num_return_sequences=2, **arguments)
+    assert len(wanted) == 2
+    assert run(*command) == (0, "\n\n".join(wanted) + "\n", "")
+    found = json.loads(run(*command, "--json")[1])
+    assert found["text"] == wanted
+    assert found["new_tokens"] == sum(map(len, found["tokens"])) > 0
+    assert len(found["tokens"]) == 2
+    assert found["first_token_seconds"] is found["decoding_tokens_per_second"] is None
 
 
 def test_json_of_a_beam_search_and_of_one_token(run):
@@ -263,9 +289,13 @@ def assert_one_line(err, *parts):
         (["generate", "TINY", "x", "--dtype", "float8"], ["float8", "mixed_bfloat16"]),
         (["generate", "TINY", "x", "--temperature", "0"], ["temperature", "positive"]),
         (["generate", "TINY", "x", "--temperature", "nan"], ["temperature"]),
+        (["generate", "TINY", "x", "--stop", ""], ["--stop", "not empty"]),
+        (["generate", "TINY", "x", "--num-return-sequences", "2"], ["num_return_sequences 2", "draws or beams"]),
+        (["generate", "TINY", "x", "--repetition-penalty", "0"], ["repetition_penalty", "0.001"]),
+        (["generate", "TINY", "x", "--sampler", "contrastive", "--top-p", "0.5"], ["contrastive", "takes no top_p"]),
         (["generate", "TINY", "x", "--top-p", "2"], ["top_p", "[0, 1]"]),
         (["generate", "TINY", "x", "--top-k", "0"], ["--top-k"]),
-        (["generate", "TINY", "x", "--sampler", "beam", "--top-k", "3"], ["beam search"]),
+        (["generate", "TINY", "x", "--sampler", "beam", "--top-k", "3"], ["beam", "takes no top_k"]),
         (["generate", "TINY", "x", "--sampler", "best"], ["best", "greedy"]),
         (["generate", "TINY", "x", "--max-length", "0"], ["--max-length", "'0'"]),
         (["generate", "TINY", "x", "--max-length", "65"], ["max_length 65", "64"]),
@@ -340,7 +370,7 @@ def test_a_missing_package(run, monkeypatch):
     ],
 )
 def test_a_failure_while_running(run, monkeypatch, error, wanted):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(task, "decode", fail)
@@ -350,7 +380,7 @@ def test_a_failure_while_running(run, monkeypatch, error, wanted):
 
 
 def test_an_interrupt_is_silent(run, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(task, "decode", interrupted)
@@ -361,6 +391,37 @@ def test_debugging_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("REFMODELS_DEBUG", "1")
     with pytest.raises(ValueError, match="unknown preset"):
         main(["info", "nothing"])
+
+
+# -- score ----------------------------------------------------------------------------------------------------------------
+
+
+def test_score_prints_each_token_and_the_sum(run, preset):
+    task = OPTCausalLM.from_preset(str(preset))
+    score = task.score(PROMPT)
+    status, out, err = run("score", "TINY", PROMPT)
+    lines = out.splitlines()
+    assert (status, err, len(lines)) == (0, "", score.counts[0] + 1)
+    for line, token, log_prob in zip(lines, score.token_ids[0], score.log_probs[0], strict=False):
+        assert line.split(maxsplit=1) == [f"{log_prob:.4f}", task.tokenizer.id_to_token(token)]
+    perplexity = f"perplexity {score.perplexity[0]:.4g}"
+    assert lines[-1].split(maxsplit=1) == [f"{score.total[0]:.4f}", f"{score.counts[0]} tokens, {perplexity}"]
+
+
+def test_score_as_json(run, preset):
+    score = OPTCausalLM.from_preset(str(preset), dtype="float64").score(PROMPT, " fox")
+    status, out, _ = run("score", "TINY", PROMPT, " fox", "--json", "--dtype", "float64")
+    found = json.loads(out)
+    assert (status, found["tokens"], found["log_probs"]) == (0, score.token_ids[0].tolist(), score.log_probs[0].tolist())
+    assert (found["total"], found["perplexity"], found["target"]) == (score.total[0], score.perplexity[0], " fox")
+    assert json.loads(run("score", "TINY", "", "--json")[1])["perplexity"] is None
+
+
+def test_score_says_what_is_wrong(run):
+    status, out, err = run("score", "t5_tiny_numbers", "spell: 7")
+    assert (status, out) == (2, "")
+    assert err.startswith("refmodels: error: score needs targets")
+    assert run("score", "TINY", PROMPT, "--dtype", "float8")[0] == 2
 
 
 # -- presets and info -----------------------------------------------------------------------------------------------------

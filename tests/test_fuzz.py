@@ -1,7 +1,8 @@
 """Real files of every format, damaged in two thousand seeded ways.
 
-Each case loads, or raises CheckpointError; it takes less than a second and little memory, and has no other effect. The cases of a format run in a process of their own, so that a crash or an endless loop in a C library is a
-failure with a seed: `python tests/test_fuzz.py safetensors 17 1` runs case 17 alone and shows its error.
+Each case loads, or raises CheckpointError; it takes less than a second and little memory, and has no other effect. The cases of
+a format run in a process of their own, so that a crash or an endless loop in a C library is a failure with a seed: `python
+tests/test_fuzz.py safetensors 17 1` runs case 17 alone and shows its error.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ from refmodels import Backbone
 from refmodels.files import CheckpointError
 from refmodels.loading import load_backbone
 from refmodels.opt import OPTBackbone
+from refmodels.preprocessor_files import task_settings
+from refmodels.preprocessors import OPTCausalLMPreprocessor
 from refmodels.tokenizer_files import load_tokenizer
 from refmodels.weights import huggingface
 
@@ -158,9 +161,60 @@ def sound_files():
         ),
         "bpe": (tokenizer, bpe, list(bpe)),
         "tokenizer_json": (tokenizer, tokenizer_files("bloom", False), ["tokenizer.json", "tokenizer.json", "config.json"]),
+        "preprocessor": (preprocessor, preprocessor_files(), ["preprocessor.json"]),
+        "task": (preprocessor, preprocessor_files() | task_file(), ["task.json"]),
         "spm": (tokenizer, spm, list(spm)[1:] * 3 + list(spm)[:1]),
+        **adapter_formats(),
     }
     return formats
+
+
+def preprocessor(root):
+    return task_settings(root, "OPTCausalLM", OPTCausalLMPreprocessor)
+
+
+def preprocessor_files():
+    tokenizer = {"class_name": "OPTTokenizer", "config": {"sequence_length": None}}
+    config = {"name": "mine", "trainable": True, "dtype": "float32", "tokenizer": tokenizer, "config_file": "preprocessor.json"}
+    config |= {"sequence_length": 99, "add_start_token": True, "add_end_token": False}
+    return {"preprocessor.json": json.dumps({"class_name": "OPTCausalLMPreprocessor", "config": config}).encode()}
+
+
+def task_file():
+    inner = json.loads(preprocessor_files()["preprocessor.json"])
+    config = {"backbone": KERAS_CONFIG, "preprocessor": inner, "name": "opt_causal_lm"}
+    return {"task.json": json.dumps({"class_name": "OPTCausalLM", "config": config}).encode()}
+
+
+def adapter_formats():
+    """Adapters as KerasHub, PEFT and we keep them."""
+    model = OPTBackbone(**SIZES, seed=0)
+    model.enable_lora(2)
+    with tempfile.TemporaryDirectory() as place:
+        model.save_lora_weights(f"{place}/x.lora.h5")
+        model.save_lora_weights(f"{place}/x.safetensors")
+        model.save_peft_adapter(place)
+        found = {path.name: path.read_bytes() for path in Path(place).iterdir()}
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    patterns = json.loads(found[config]) | {
+        "alpha_pattern": {"q_proj": 3},
+        "rank_pattern": {"k_proj": 7},
+        "layers_to_transform": [0],
+    }
+    return {
+        "lora_h5": (adapter, {"x.lora.h5": found["x.lora.h5"]}, ["x.lora.h5"]),
+        "lora_safetensors": (adapter, {"x.safetensors": found["x.safetensors"]}, ["x.safetensors"]),
+        "peft": (adapter, {config: json.dumps(patterns).encode(), weights: found[weights]}, [config, config, weights]),
+    }
+
+
+def adapter(directory):
+    model = OPTBackbone(**SIZES, seed=0)
+    names = [path for path in directory.iterdir() if path.name.startswith("x.")]
+    if names:
+        model.load_lora_weights(names[0])
+    else:
+        model.load_peft_adapter(directory)
 
 
 def backbone(directory):
@@ -324,7 +378,7 @@ def run_cases(kind, first, count, root):
 
 
 FORMATS = ("config", "hf_config", "h5", "h5_shards", "safetensors", "safetensors_shards", "torch", "torch_shards", "bpe")
-FORMATS += ("tokenizer_json", "spm")
+FORMATS += ("tokenizer_json", "spm", "preprocessor", "task", "lora_h5", "lora_safetensors", "peft")
 
 
 def test_two_thousand_damaged_files(tmp_path, capsys):

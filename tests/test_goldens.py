@@ -23,7 +23,10 @@ from refmodels.task import Task
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 HUGGING_FACE = sorted(path.name for path in (GOLDENS / "hf").iterdir())
-KERAS_HUB = sorted(f"{path.parent.name}/{path.name}" for path in GOLDENS.glob("keras_hub_*/*"))
+ELSEWHERE = ("_lora", "_int8", "_int4")  # test_lora.py, test_quantize.py
+KERAS_HUB = sorted(
+    f"{path.parent.name}/{path.name}" for path in GOLDENS.glob("keras_hub_*/*") if not path.name.endswith(ELSEWHERE)
+)
 FIRST_IN_LAYER = {"opt_decoder_layer", "bloom_decoder_layer", "t5_self_attention"}
 LAST_IN_LAYER = {"opt_decoder_layer", "bloom_decoder_layer", "t5_feedforward"}
 FLOAT64_THROUGHOUT = {"opt"}

@@ -135,12 +135,20 @@ def subjects(draw, family, *, longest=8, rows=3):
         "intermediate_dim": draw(st.integers(1, 9), "intermediate"),
     }
     if family == "opt":
-        config["max_sequence_length"] = 30
+        config |= {
+            "max_sequence_length": 30,
+            "word_embed_proj_dim": draw(st.sampled_from([None, None, 1, 5]), "word_embed_proj_dim"),
+            "do_layer_norm_before": draw(st.booleans(), "norms first"),
+            "remove_final_layer_norm": draw(st.booleans(), "no final norm"),
+        }
+    if family != "t5":
+        config["tie_embedding_weights"] = draw(st.booleans(), "tied")
     if family == "t5":
         config |= {
             "key_value_dim": draw(st.sampled_from([None, 2, 3]), "key_value_dim"),
             "use_gated_activation": draw(st.booleans(), "gated"),
             "tie_embedding_weights": draw(st.booleans(), "tied"),
+            "scale_logits": draw(st.sampled_from([None, True, False]), "scaled"),
             "activation": draw(st.sampled_from(sorted(ACTIVATIONS)), "activation"),
         }
     shape = (draw(st.integers(1, rows), "rows"), draw(st.integers(1, longest), "length"))

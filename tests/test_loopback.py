@@ -10,6 +10,7 @@ from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5
 from refmodels.accelerator import use
 from refmodels.op import OPS, Array, Float, op, watching
 from refmodels.ops.elementwise import add
+from refmodels.parameters import flatten
 from refmodels.t5 import ACTIVATIONS, t5_backbone
 
 DECODER = {"vocabulary_size": 13, "num_layers": 2, "num_heads": 3, "hidden_dim": 12, "intermediate_dim": 10, "seed": 4}
@@ -58,6 +59,18 @@ def assert_same_bits(got, wanted):
         assert got.tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_scores(name):
+    """Also that of vectors: what `embed` gives goes to the device by itself."""
+    reference, opaque = (TASKS[name](model) for model in pair(name))
+    wanted, got = reference.score(inputs(name)), opaque.score(inputs(name))
+    for part in ("token_ids", "mask", "log_probs"):
+        assert_same_bits(getattr(got, part), getattr(wanted, part))
+    tokens = {key: value for key, value in inputs(name).items() if not key.startswith("decoder")}
+    settings = {"stop_token_ids": None, "max_new_tokens": 4}
+    assert_same_bits(opaque.generate(opaque.embed(tokens), **settings), reference.generate(reference.embed(tokens), **settings))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_whole_sequence(name, dtype):
@@ -65,6 +78,21 @@ def test_a_whole_sequence(name, dtype):
     assert_same_bits(loopback(inputs(name)), reference(inputs(name)))
     assert loopback.accelerator.calls > 20
     assert not loopback.accelerator.crossings
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters(name):
+    reference, loopback = pair(name, seed=2)
+    plain = reference(inputs(name))
+    for model in (reference, loopback):
+        model.enable_lora(2)
+        for path, leaf in flatten(model.params):
+            if path.endswith("lora_kernel_b"):
+                leaf[...] = 1
+    assert_same_bits(loopback(inputs(name)), reference(inputs(name)))
+    assert not loopback.accelerator.crossings
+    with pytest.raises(AssertionError):
+        assert_same_bits(loopback(inputs(name)), plain)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -115,6 +143,9 @@ SAMPLERS = [
     {"sampler": "random", "seed": 1},
     {"num_beams": 3},
     {"num_beams": 2, "stop_token_ids": [3, 5], "length_penalty": 0.5},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_beams": 3, "num_return_sequences": 2},
+    {"repetition_penalty": [1.3, 0.7], "min_p": [0.1, None], "top_p": [None, 0.7], "seed": 2, "num_return_sequences": 2},
+    {"sampler": "contrastive", "top_k": 3, "constraint": lambda row, tokens: range(row, 8)},
 ]
 
 

@@ -25,7 +25,8 @@ from refmodels.ops.mask import causal_mask
 from refmodels.ops.norm import layer_norm, rms_norm
 from refmodels.ops.position import alibi_bias, alibi_slopes, relative_position_buckets
 from refmodels.ops.precision import numpy_dtype
-from refmodels.ops.sampling import beam_candidates, greedy_token, log_softmax, sample_token
+from refmodels.ops.quantize import row_scale
+from refmodels.ops.sampling import beam_candidates, forbid_ngrams, greedy_token, log_softmax, sample_token
 
 settings.register_profile(
     "ops", deadline=None, derandomize=True, database=None, max_examples=80, suppress_health_check=list(HealthCheck)
@@ -236,17 +237,34 @@ def case_linear(d):
     return Case((x, kernel, bias), {"dtype": dtype}, dtype=dtype or d.dtype)
 
 
+def subnormal(dtype):
+    """What a product formed on the way is taken to be at least: below it rounding errs by this times u, however small it is."""
+    return 2 * float(np.finfo("float64" if dtype == "float64" else "float32").tiny)
+
+
 @case
 def case_lora_product(d):
     k, groups, rank, columns = d.size("k"), d.size("g", 1, 3), d.size("r", 1, 3), d.size("o", high=4)
     x, a, b = d.floats(*d.lead(), k, limit=1e4), d.floats(k, groups, rank, limit=1e4), d.floats(rank, columns, limit=1e4)
     scale = np.float32(d.pick(1.0, 0.5, -3.7, label="scale"))
     dtype = d.pick(None, "float32", d.dtype, label="dtype of the result")
-    inner = np.abs(f64(x)) @ np.abs(f64(a)).reshape(k, groups * rank)
-    inner = inner.reshape(*x.shape[:-1], groups, rank) @ np.abs(f64(b)) * abs(float(scale))
+    inner = np.abs(f64(x)) @ np.abs(f64(a)).reshape(k, groups * rank) + subnormal(d.dtype)
+    inner = (inner.reshape(*x.shape[:-1], groups, rank) @ np.abs(f64(b)) + subnormal(d.dtype)) * abs(float(scale))
     condition = inner.reshape(*x.shape[:-1], groups * columns)
     args = (x, a, b, np.asarray(scale))
     return Case(args, {"dtype": dtype}, dtype=dtype or d.dtype, condition=condition, terms=k + rank + 2)
+
+
+@case
+def case_lora_merged(d):
+    k, groups, rank, columns = d.size("k"), d.size("g", 1, 3), d.size("r", 1, 3), d.size("o", high=4)
+    kernel = d.floats(k, groups * columns, limit=1e4)
+    wide = "float64" if d.dtype == "float64" else "float32"  # what adapters are kept in
+    a, b = d.floats(k, groups, rank, limit=1e4, dtype=wide), d.floats(rank, columns, limit=1e4, dtype=wide)
+    scale = np.float32(d.pick(1.0, 0.5, -3.7, label="scale"))
+    change = (np.abs(f64(a)) @ np.abs(f64(b)) + subnormal(wide)).reshape(kernel.shape) * abs(float(scale))
+    args = (kernel, a, b, np.asarray(scale))
+    return Case(args, {}, dtype=d.dtype, condition=np.abs(f64(kernel)) + change, terms=rank + 3)
 
 
 @case
@@ -262,6 +280,131 @@ def case_embedding(d):
     dtype = d.pick(None, *FLOATS, label="dtype of the result")
     ids = d.ints(*d.lead(), high=v)
     return Case((ids, d.floats(v, d.size("n"), limit=5e4)), {"dtype": dtype}, dtype=dtype or d.dtype)
+
+
+def int8s(d, *shape, low=-128, high=128):
+    return d.layout(d.rng.integers(low, high, shape).astype(np.int8))
+
+
+def scales(d, *shape, dtype="float32"):
+    drawn = np.asarray(10.0 ** d.rng.uniform(-1, 3, shape), dtype)
+    return d.layout(drawn) if shape else drawn
+
+
+def groups_of(d, size):
+    """g_idx of `size` inputs, and the number of groups."""
+    block = d.size("block", 1, 5)
+    return d.layout((np.arange(size) // block).astype(np.float32)), -(-size // block)
+
+
+def some_bias(d, size):
+    return d.floats(size, limit=1e4) if d.pick(True, False, label="with bias") else None
+
+
+@case
+def case_row_scale(d):
+    spikes = (np.inf, np.nan) if d.pick(False, False, True, label="not finite") else ()
+    x = d.floats(*d.lead(), d.size("k"), spikes=spikes)
+    return Case((x if d.pick(True, True, False, label="zeros") else np.zeros_like(x),), dtype="float32")
+
+
+@case
+def case_quantize_rows(d):
+    x = d.floats(*d.lead(), d.size("k"), spikes=(np.inf, np.nan))
+    scale = row_scale(x) if d.pick(True, True, False, label="its own scale") else scales(d, *x.shape[:-1])
+    if d.pick(True, False, label="ties"):  # halves, of either sign
+        x, scale = d.layout((d.rng.integers(-9, 9, x.shape) / 2).astype(x.dtype)), np.ones(x.shape[:-1], np.float32)
+    return Case((x, scale), dtype="int8")
+
+
+@case
+def case_linear_int8(d):
+    values, dtype = int8s(d, *d.lead(), d.size("k")), d.pick(*FLOATS, label="dtype of the result")
+    kernel, scale = int8s(d, values.shape[-1], d.size("n")), scales(d, *values.shape[:-1])
+    kernel_scale, bias = scales(d, kernel.shape[1]), some_bias(d, kernel.shape[1])
+    condition = np.abs(f64(values) @ f64(kernel)) / (f64(scale)[..., None] * f64(kernel_scale)) + absolute(bias)
+    return Case((values, scale, kernel, kernel_scale, bias), {"dtype": dtype}, dtype=dtype, condition=condition, terms=3)
+
+
+def absolute(bias):
+    return 0.0 if bias is None else np.abs(f64(bias))
+
+
+@case
+def case_linear_weight_int8(d):
+    x, dtype = d.floats(*d.lead(), d.size("k"), limit=1e4), d.pick(None, "float32", d.dtype, label="dtype of the result")
+    kernel = int8s(d, x.shape[-1], d.size("n"))
+    kernel_scale, bias = scales(d, kernel.shape[1]), some_bias(d, kernel.shape[1])
+    condition = np.abs(f64(x)) @ np.abs(f64(kernel)) / f64(kernel_scale) + absolute(bias) + 1e-36
+    args = (x, kernel, kernel_scale, bias)
+    return Case(args, {"dtype": dtype}, dtype=dtype or d.dtype, condition=condition, terms=len(kernel) + 3)
+
+
+@case
+def case_pack_int4(d):
+    return Case((int8s(d, d.size("i"), d.size("j"), low=-8, high=8),), {"axis": d.pick(0, 1, -1, label="axis")}, dtype="int8")
+
+
+@case
+def case_unpack_int4(d):
+    axis, packed = d.pick(0, 1, -1, label="axis"), int8s(d, d.size("a"), d.size("c"))
+    return Case((packed, max(2 * packed.shape[axis] - d.pick(0, 1, label="padding"), 0)), {"axis": axis}, dtype="int8")
+
+
+@case
+def case_linear_int4(d):
+    x, dtype, n = d.floats(*d.lead(), d.size("k"), limit=1e4), d.pick(None, "float32", d.dtype, label="dtype"), d.size("n")
+    size, axis = x.shape[-1], d.pick(0, 1, -1, label="axis")
+    packed = int8s(d, -(-size // 2), n) if axis == 0 else int8s(d, size, -(-n // 2))
+    g_idx, groups = groups_of(d, size)
+    scale, zero, bias = scales(d, groups, n), int8s(d, groups, n, low=-8, high=8), some_bias(d, n)
+    zero = zero.astype(d.pick(np.int8, np.float32, label="dtype of zero"))
+    condition = np.abs(f64(x)) @ (15 * np.abs(f64(scale))[g_idx.astype(int)]) + absolute(bias) + 1e-36
+    args = (x, packed, scale, zero, g_idx, bias)
+    return Case(args, {"axis": axis, "dtype": dtype}, dtype=dtype or d.dtype, condition=condition, terms=size + 4)
+
+
+@case
+def case_embedding_int8(d):
+    table, dtype = int8s(d, d.size("v", 1), d.size("n")), d.pick(*FLOATS, label="dtype")
+    return Case((d.ints(*d.lead(), high=len(table)), table, scales(d, len(table))), {"dtype": dtype}, dtype=dtype)
+
+
+def int4_table(d):
+    v, n = d.size("v", 1), d.size("n")
+    g_idx, groups = groups_of(d, n)
+    return int8s(d, v, -(-n // 2)), scales(d, v, groups), int8s(d, v, groups, low=-8, high=8), g_idx
+
+
+@case
+def case_embedding_int4(d):
+    (table, *rest), dtype = int4_table(d), d.pick(*FLOATS, label="dtype")
+    return Case((d.ints(*d.lead(), high=len(table)), table, *rest), {"dtype": dtype}, dtype=dtype)
+
+
+@case
+def case_logits_int8(d):
+    values, dtype = int8s(d, *d.lead(), d.size("n")), d.pick(*FLOATS, label="dtype of the result")
+    table, scale = int8s(d, d.size("v"), values.shape[-1]), scales(d, *values.shape[:-1])
+    table_scale = scales(d, len(table))
+    condition = np.abs(f64(values) @ f64(table).T) / (f64(scale)[..., None] * f64(table_scale))
+    return Case((values, scale, table, table_scale), {"dtype": dtype}, dtype=dtype, condition=condition, terms=3)
+
+
+@case
+def case_logits_weight_int8(d):
+    table = int8s(d, d.size("v"), d.size("n"))
+    x, scale = d.floats(*d.lead(), table.shape[1], limit=1e4), scales(d, len(table))
+    condition = np.abs(f64(x)) @ np.abs(f64(table)).T / f64(scale) + 1e-36
+    return Case((x, table, scale), dtype=d.dtype, condition=condition, terms=table.shape[1] + 3)
+
+
+@case
+def case_logits_int4(d):
+    table = _, scale, _, g_idx = int4_table(d)
+    x = d.floats(*d.lead(), len(g_idx), limit=1e4)
+    condition = np.abs(f64(x)) @ (15 * f64(scale)[:, g_idx.astype(int)]).T + 1e-36
+    return Case((x, *table), dtype=d.dtype, condition=condition, terms=x.shape[-1] + 4)
 
 
 @case
@@ -415,11 +558,54 @@ def case_cache_select(d):
 @case
 def case_log_softmax(d):
     x = d.floats(*d.lead(), d.size("v", 1), limit=1e30)
-    x64 = f64(x)
-    below = x64 - x64.max(-1, keepdims=True)
+    x64, temperature = f64(x), d.pick(1.0, 0.5, 3.0, label="temperature")
+    below = (x64 - x64.max(-1, keepdims=True)) / temperature
     total = np.exp(below).sum(-1, keepdims=True)
     condition = np.abs(below) + 1.0 + np.log(total) + (np.exp(below) * -below).sum(-1, keepdims=True) / total
-    return Case((x,), dtype=wide_type(d.dtype), condition=condition, terms=x.shape[-1] + 8)
+    return Case((x, temperature), dtype=wide_type(d.dtype), condition=condition, terms=x.shape[-1] + 9)
+
+
+@case
+def case_token_log_probs(d):
+    x = d.floats(*d.lead(), d.size("v", 1), limit=1e30)
+    ids = d.ints(*x.shape[:-1], high=x.shape[-1])
+    x64 = f64(x)
+    below = x64 - x64.max(-1, keepdims=True)
+    total = np.exp(below).sum(-1)
+    condition = np.abs(np.take_along_axis(below, ids[..., None], -1)[..., 0]) + 1.0 + np.log(total)
+    condition += (np.exp(below) * -below).sum(-1) / total
+    return Case((x, ids), dtype=wide_type(d.dtype), condition=condition, terms=x.shape[-1] + 9)
+
+
+def held_by_rows(d, b, v):
+    """Tokens of each of b rows with their mask: few different ones, so that runs come twice."""
+    length = d.size("s", high=7)
+    return d.ints(b, length, high=min(v, 3)), d.bools(b, length)
+
+
+@case
+def case_penalise_repetition(d):
+    logits = d.floats(d.size("b"), d.size("v", 1), spikes=(-np.inf, np.inf))
+    factors = d.layout(d.rng.choice([1.0, 1.3, 0.7, 5.0], len(logits)))
+    return Case((logits, *held_by_rows(d, *logits.shape), factors), dtype=wide_type(d.dtype))
+
+
+@case
+def case_forbid_ngrams(d):
+    logits = d.floats(d.size("b"), d.size("v", 1), spikes=(-np.inf,))
+    return Case((logits, *held_by_rows(d, *logits.shape), d.ints(len(logits), high=5)), dtype=wide_type(d.dtype))
+
+
+@case
+def case_allow_tokens(d):
+    logits = d.floats(d.size("b"), d.size("v", 1), spikes=(-np.inf, np.inf))
+    return Case((logits, d.bools(*logits.shape)), dtype=wide_type(d.dtype))
+
+
+@case
+def case_has_choice(d):
+    logits = d.floats(d.size("b"), d.size("v", 1))
+    return Case((d.layout(np.where(d.bools(*logits.shape), logits, -np.inf).astype(logits.dtype)),), dtype="bool")
 
 
 @case
@@ -433,29 +619,54 @@ def case_greedy_token(d):
 @case
 def case_sample_token(d):
     logits = d.floats(d.size("b"), d.size("v", 1), limit=1e4, spikes=(1.5, 1.5, 1.5))
-    arguments = {
-        "temperature": d.pick(1.0, 0.3, 3.0, label="temperature"),
-        "top_k": d.pick(None, 1, 2, 3, 50, label="top_k"),
-        "top_p": d.pick(None, 0.0, 0.3, 0.77, 1.0, label="top_p"),
+    choices = {
+        "temperature": [1.0, 0.3, 3.0],
+        "top_k": [1, 2, 3, 50],
+        "top_p": [0.0, 0.3, 0.77, 1.0, np.inf],
+        "min_p": [0.0, 0.2, 0.5, 1.0],
+    }
+    settings = {
+        name: d.layout(d.rng.choice(values, len(logits))) if d.pick(True, False, label=name) else None
+        for name, values in choices.items()
     }
     uniform = d.layout(d.rng.random(logits.shape[0]))
-    tolerance = 64 * UNIT_ROUNDOFF[wide_type(d.dtype)] * (1 + np.abs(f64(logits)).max(initial=0.0) / arguments["temperature"])
+    tolerance = 64 * UNIT_ROUNDOFF[wide_type(d.dtype)] * (1 + np.abs(f64(logits)).max(initial=0.0) / 0.3)
     assume(tolerance < 0.01)
-    for row, point in zip(f64(logits).tolist(), uniform.tolist(), strict=True):  # no draw within rounding of a border
-        kept, margin = oracle.candidates(row, *arguments.values())
+    for i, point in enumerate(uniform.tolist()):  # no draw within rounding of a border
+        own = {name: values[i].item() for name, values in settings.items() if values is not None}
+        kept, margin = oracle.candidates(f64(logits)[i].tolist(), **own)
         borders = np.cumsum([probability for _, probability in kept])[:-1]
         assume(margin > tolerance)
         assume(not (np.abs(borders - point) < tolerance).any())
-    return Case((logits, uniform), arguments, dtype="int")
+    oracle_settings = {name: None if values is None else tensor(values) for name, values in settings.items()}
+    return Case((logits, uniform), settings, dtype="int", oracle_kwargs=oracle_settings)
 
 
 @case
 def case_beam_candidates(d):
     logits = d.floats(d.size("b", 1, 4), d.size("v", 1), limit=10.0)
     scores = d.layout(d.rng.standard_normal(logits.shape[0]))
-    total = np.sort((scores[:, None] + f64(log_softmax(f64(logits)))).ravel())
+    total = np.sort((scores[:, None] + f64(logits)).ravel())
     assume(len(total) < 2 or np.diff(total).min() > 1e-4)  # no ties but exact ones, which have a test of their own
     return Case((logits, scores, d.size("count", 0, 12)), dtype="float64")
+
+
+@case
+def case_likeliest_tokens(d):
+    logits = d.floats(d.size("b", 1, 4), d.size("v", 1), limit=10.0)
+    return Case((logits, d.size("count", 1, 12)), {"temperature": d.pick(1.0, 0.5, label="temperature")}, wide_type(d.dtype))
+
+
+@case
+def case_contrastive_choice(d):
+    hidden = d.floats(d.size("b", 1, 4), d.size("n", 1), limit=10.0)
+    earlier = d.layout(d.rng.standard_normal((1, d.size("s", 1, 4), hidden.shape[1])).astype(hidden.dtype))
+    shares = d.rng.random((1, len(hidden))) * (d.rng.random((1, len(hidden))) < 0.8)
+    assume(shares.any())
+    probabilities, alpha = d.layout(shares.astype(wide_type(d.dtype))), d.pick(0.0, 0.6, 1.0, label="alpha")
+    scores = sorted(oracle.contrastive_scores(tensor(probabilities), tensor(hidden), tensor(earlier), alpha))
+    assume(len(scores) < 2 or scores[-1] - scores[-2] > 1e-4)  # no ties but exact ones
+    return Case((probabilities, hidden, earlier), {"alpha": alpha}, dtype="int")
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
@@ -545,7 +756,7 @@ def test_op_agrees_with_the_oracle(name, data):
     op = PRIMITIVES[name]
     case = CASES[name](Draw(data))
     truth = truth_of(op, case)
-    before = {id(a): a.tobytes() for a in case.args if isinstance(a, np.ndarray)}
+    before = {id(a): a.tobytes() for a in [*case.args, *case.kwargs.values()] if isinstance(a, np.ndarray)}
     got = call(op, case)
     bound = op.signature.bind(*case.args, **case.kwargs).arguments
     for argument, value in bound.items():
@@ -585,7 +796,8 @@ def test_each_row_is_computed_alone(name, data):
     bound = op.signature.bind(*case.args, **case.kwargs).arguments
     got = call(op, case)
     assume(got.ndim > 0 and got.size)
-    rowwise = [a for a in bound if a in op.shapes and op.shapes[a].dims[:1] in (("*b",), ("*#b",), ("b",))]
+    given = [a for a in bound if a in op.shapes and bound[a] is not None]
+    rowwise = [a for a in given if op.shapes[a].dims[:1] in (("*b",), ("*#b",), ("b",))]
     leading = got.ndim - (op.result.dims[0].startswith("*") and len(op.result.dims) - 1)
     row = data.draw(st.integers(0, got.shape[0] - 1)) if leading else 0
 
@@ -602,7 +814,7 @@ def test_each_row_is_computed_alone(name, data):
             bound[argument] = np.take(bound[argument], [column], -1)
         got = got[..., column : column + 1]
     with np.errstate(all="ignore"):
-        verdict = judge(op, tuple(bound.values())[: len(case.args)], case.kwargs, got)
+        verdict = judge(op, tuple(bound.values())[: len(case.args)], {name: bound[name] for name in case.kwargs}, got)
     assert verdict, verdict
 
 
@@ -871,6 +1083,11 @@ def test_dropout_of_any_rate_is_within_its_error_model():
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
+def for_rows(count, **settings):
+    """The same settings for each of `count` rows."""
+    return {name: np.full(count, value) for name, value in settings.items()}
+
+
 def test_greedy_token_takes_the_first_of_equals():
     assert greedy_token(np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-np.inf, -np.inf, -9.0]])).tolist() == [1, 0, 2]
 
@@ -884,13 +1101,14 @@ def test_greedy_token_takes_the_first_of_equals():
         {"top_k": 3},
         {"top_p": 0.6},
         {"top_k": 4, "top_p": 0.5, "temperature": 2.0},
+        {"min_p": 0.3, "temperature": 2.0},
     ],
     ids=str,
 )
 def test_sample_token_draws_with_the_right_frequencies(arguments):
     row, n = [0.3, 1.2, -0.5, 1.1, 0.0, -2.0], 40_000
     uniform = np.random.default_rng(11).random(n)
-    drawn = sample_token(np.tile(np.array([row]), (n, 1)), uniform, **arguments)
+    drawn = sample_token(np.tile(np.array([row]), (n, 1)), uniform, **for_rows(n, **arguments))
     kept = dict(oracle.candidates(row, **arguments)[0])
     chi_square = 0.0
     for token in range(len(row)):
@@ -908,7 +1126,7 @@ def test_sample_token_keeps_what_top_k_and_top_p_say():
     grid = np.linspace(0, 1, 1001)[:-1] + 0.0005
 
     def drawn(**arguments):
-        return set(sample_token(np.tile(logits, (1000, 1)), grid, **arguments).tolist())
+        return set(sample_token(np.tile(logits, (1000, 1)), grid, **for_rows(1000, **arguments)).tolist())
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(top_k=1) == {1}
@@ -920,6 +1138,34 @@ def test_sample_token_keeps_what_top_k_and_top_p_say():
     assert drawn(top_p=0.75) == {1, 2, 3}
     assert drawn(top_p=1.0) == {0, 1, 2, 3}
     assert drawn(top_k=2, top_p=0.8) == {1, 3}
+    assert drawn(min_p=0.0) == {0, 1, 2, 3}
+    assert drawn(min_p=0.4) == {1, 2, 3}
+    assert drawn(min_p=0.6) == {1, 3}
+    assert drawn(min_p=1.0) == {1}
+    assert drawn(min_p=0.6, temperature=100.0) == {0, 1, 2, 3}  # of the probabilities after the temperature
+    assert drawn(top_p=0.0, min_p=0.1) == {1}
+
+
+def test_each_row_has_settings_of_its_own():
+    logits = np.log(np.tile([[0.1, 0.4, 0.2, 0.3]], (4, 1)))
+    points = np.full(4, 0.95)
+    assert sample_token(logits, points).tolist() == [0, 0, 0, 0]
+    rows = {"temperature": [1.0, 1e-3, 1.0, 1.0], "top_k": [1, 9, 9, 9], "top_p": [9.0, 9.0, 0.5, 9.0], "min_p": [0, 0, 0, 0.5]}
+    assert sample_token(logits, points, **{name: np.array(values) for name, values in rows.items()}).tolist() == [1, 1, 3, 2]
+
+
+def test_forbidden_runs_of_tokens():
+    ids, mask = np.array([[1, 2, 3, 1, 2, 0]]), np.array([[True] * 5 + [False]])
+
+    def left(size):
+        scores = forbid_ngrams(np.zeros((1, 5)), ids, mask, np.array([size]))
+        return [token for token in range(5) if scores[0, token] == 0]
+
+    assert left(0) == [0, 1, 2, 3, 4]
+    assert left(1) == [0, 4]
+    assert left(2) == left(3) == [0, 1, 2, 4]  # 2 3 and 1 2 3 are there already
+    assert left(4) == [0, 1, 2, 3, 4]
+    assert left(9) == [0, 1, 2, 3, 4]
 
 
 def test_sample_token_lays_tokens_out_from_the_most_likely():
@@ -942,7 +1188,7 @@ def test_sample_token_never_draws_what_cannot_be(dtype):
 def test_beam_candidates_are_the_best_sums_of_log_probabilities():
     rng = np.random.default_rng(2)
     for dtype in ("float32", "float64"):
-        logits, scores = rng.standard_normal((3, 7)).astype(dtype), rng.standard_normal(3)
+        logits, scores = log_softmax(rng.standard_normal((3, 7)).astype(dtype)), rng.standard_normal(3)
         total, beams, tokens = beam_candidates(logits, scores, 6)
         wanted, wanted_beams, wanted_tokens = oracle.beam_candidates(tensor(logits), tensor(scores), 6)
         assert beams.tolist() == wanted_beams.values

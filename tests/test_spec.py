@@ -24,11 +24,11 @@ CITATION = re.compile(r"\b(?:T5|OPT|BLOOM)-C\d+\b")
 DOCUMENTS = sorted(SPEC.glob("*.md"))
 
 # 23, 101, ...: sizes that no other letter has, so that a shape can only be written one way.
-SIZES = {"v": 101, "m": 37, "h": 5, "d": 7, "P": 53, "r": 32}
+SIZES = {"v": 101, "e": 29, "m": 37, "h": 5, "d": 7, "P": 53, "r": 32}
 CONFIGS = {
     "t5": t5.T5Config(101, 23, 37, 2, 5, key_value_dim=7, tie_embedding_weights=False),
-    "opt": opt.OPTConfig(101, 2, 5, 35, 37, max_sequence_length=53),
-    "bloom": bloom.BloomConfig(101, 2, 5, 35, 37),
+    "opt": opt.OPTConfig(101, 2, 5, 35, 37, max_sequence_length=53, word_embed_proj_dim=29, tie_embedding_weights=False),
+    "bloom": bloom.BloomConfig(101, 2, 5, 35, 37, tie_embedding_weights=False),
 }
 PARAMETERS = {"t5": t5.t5_parameters, "opt": opt.opt_parameters, "bloom": bloom.bloom_parameters}
 

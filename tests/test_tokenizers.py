@@ -64,7 +64,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Toke
         else:
             kinds["hugging_face"] = load_tokenizer(hugging_face(root / f"hf_{family}", family, "tokenizer.json"))
             kinds["vocab_merges"] = load_tokenizer(hugging_face(root / f"vm_{family}", family, "vocab.json", "merges.txt"))
-        kinds["hugging_face"].save(root / f"saved_{family}")
+        kinds["hugging_face"].save_to_preset(root / f"saved_{family}")
         kinds["saved"] = load_tokenizer(root / f"saved_{family}")
         result[family] = kinds
     return result
@@ -196,7 +196,7 @@ def test_prefix_space_and_unsplittable_tokens(tmp_path: Path) -> None:
         tokenizer = cls(vocabulary, files[1], unsplittable_tokens=["[é x]"])
         assert tokenizer("a[é x]b") == [*plain("a"), 700, *plain("b")]
         assert tokenizer.detokenize(tokenizer("a[é x]b")) == "a[é x]b"
-        tokenizer.save(tmp_path / family)
+        tokenizer.save_to_preset(tmp_path / family)
         assert load_tokenizer(tmp_path / family)("a[é x]b") == tokenizer("a[é x]b")
 
 
@@ -229,7 +229,7 @@ def test_t5_extra_ids(tmp_path: Path) -> None:
     assert tokenizer.detokenize([799, *plain("fox"), 700]) == "<extra_id_0> fox<extra_id_99>"
     for case in CASES["t5"]:
         assert tokenizer(case["text"]) == case["ids"]
-    tokenizer.save(tmp_path / "saved")
+    tokenizer.save_to_preset(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved")("a <extra_id_3>") == tokenizer("a <extra_id_3>")
     assert len(plain("<extra_id_0>")) > 1
     # 32000 pieces: the default is Hugging Face's, ids 32099 down to 32000

@@ -71,3 +71,17 @@ def lora_product(
     inner = wide(x).reshape(count, size) @ wide(lora_kernel_a).reshape(size, groups * rank)
     y = inner.reshape(count * groups, rank) @ wide(lora_kernel_b) * wide(lora_scale)
     return narrow(y.reshape(*x.shape[:-1], groups * lora_kernel_b.shape[1]), numpy_dtype(dtype) if dtype else x.dtype)
+
+
+@op(source="Hu et al. 2021, section 4.1")
+def lora_merged(
+    kernel: Float[Array, "k n"],
+    lora_kernel_a: Float[Array, "k g r"],
+    lora_kernel_b: Float[Array, "r o"],
+    lora_scale: Float[Array, ""],
+) -> Float[Array, "k n"]:
+    """kernel + lora_scale * (a @ b), the groups side by side: the kernel that needs no adapter. In the kernel's type."""
+    size, groups, rank = lora_kernel_a.shape
+    rows = wide(lora_kernel_a).reshape(size * groups, rank)
+    change = wide(lora_scale) * (rows @ wide(lora_kernel_b))
+    return narrow(wide(kernel) + change.reshape(kernel.shape), kernel.dtype)

@@ -4,7 +4,8 @@
 The only module that uses h5py.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from refmodels.files import CheckpointError, inside, read_json
 from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights import hdf5_check
-from refmodels.weights.shards import read_index
+from refmodels.weights.shards import partition, read_index
 from refmodels.weights.tensor import Tensor
 
 MAX_OBJECTS = 1_000_000
@@ -151,3 +152,44 @@ def _read(dataset: Any, shown: Path, name: str, dtype: np.dtype) -> Array:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{shown}: dataset {name!r} cannot be read, damaged: {error}") from None
     return np.asarray(values).view(dtype) if dtype != dataset.dtype else np.asarray(values)
+
+
+def write_tensors(directory: Path, tensors: Sequence[Tensor], limit: int, written: Callable[[Tensor], None]) -> None:
+    """Write `model.weights.h5`; or, where the tensors have more bytes than `limit`, shards of at most that many (a larger
+    tensor is alone in its shard) and `model.weights.json`. A tensor's name is its dataset, `layers/.../vars/0`.
+
+    In the oldest form of HDF5, each dataset in one piece, as Keras does; `written` is called after every tensor. OSError if the
+    disk is full; ImportError without h5py.
+    """
+    parts = partition(tensors, limit)
+    if len(parts) == 1:
+        write_file(directory / "model.weights.h5", parts[0], written)
+        return
+    places: dict[str, list[str]] = {}
+    for number, part in enumerate(parts):
+        name = f"model_{number:05}.weights.h5"
+        write_file(directory / name, part, written)
+        for group in dict.fromkeys(f"/{tensor.name.rpartition('/')[0]}" for tensor in part):
+            places.setdefault(group, []).append(name)
+    weight_map = {group: files[0] if len(files) == 1 else files for group, files in places.items()}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+    (directory / "model.weights.json").write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Sequence[Tensor], written: Callable[[Tensor], None] = lambda _: None) -> None:
+    """Write one HDF5 file with these datasets; errors as for `write_tensors`."""
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f"writing {path} needs h5py: pip install h5py") from None
+    try:
+        with h5py.File(path, "w", libver="earliest") as file:
+            for tensor in tensors:
+                values = np.asarray(tensor.read(), order="C")
+                if tensor.dtype.name == "bfloat16":
+                    file.create_dataset(tensor.name, data=values.view("V2")).attrs["dtype"] = "bfloat16"
+                else:
+                    file.create_dataset(tensor.name, data=values)
+                written(tensor)
+    except RuntimeError as error:  # what h5py raises for a full disk when the file is closed
+        raise OSError(f"{path}: cannot be written: {error}") from None

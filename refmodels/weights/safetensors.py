@@ -1,14 +1,23 @@
-"""Safetensors files: one file, or the shards that an index file names. The safetensors package maps and checks them."""
+"""Safetensors files: one file, or the shards that an index file names.
 
-from collections.abc import Iterator, Mapping
+To read, the safetensors package maps and checks them. To write, it wants the bytes of every tensor at once, which is a second
+model in memory; so the header is written here (https://github.com/huggingface/safetensors, section "Format"), and then one
+tensor after the other.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
+
 from refmodels.files import CheckpointError, inside
 from refmodels.ops.precision import numpy_dtype
-from refmodels.weights.shards import open_checkpoint
+from refmodels.weights.shards import INDEX_SUFFIX, open_checkpoint, partition
 from refmodels.weights.tensor import Tensor
 
 DTYPES = {
@@ -57,3 +66,57 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
         shape, dtype = tuple(view.get_shape()), numpy_dtype(DTYPES[code])
         tensors[tensor] = Tensor(shown, tensor, shape, dtype, partial(file.get_tensor, tensor))
     return tensors
+
+
+def read_metadata(directory: Path, name: str) -> dict[str, str]:
+    """The metadata in the header of one file; errors as for `open_tensors`."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError("reading safetensors needs safetensors: pip install safetensors") from None
+    path = inside(directory, name)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / name}: not a sound safetensors file, or truncated: {error}") from None
+
+
+def write_tensors(directory: Path, tensors: Sequence[Tensor], limit: int, written: Callable[[Tensor], None]) -> None:
+    """Write `model.safetensors`; or, where the tensors have more bytes than `limit`, shards of at most that many (a larger
+    tensor is alone in its shard) and their index. `written` is called after every tensor. OSError if the disk is full."""
+    parts = partition(tensors, limit)
+    if len(parts) == 1:
+        write_file(directory / "model.safetensors", parts[0], written)
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        write_file(directory / name, part, written)
+        weight_map |= {tensor.name: name for tensor in part}
+    total = sum(tensor.nbytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / f"model.safetensors{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(
+    path: Path,
+    tensors: Sequence[Tensor],
+    written: Callable[[Tensor], None] = lambda _: None,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+) -> None:
+    """Write one file with these tensors and this metadata; `written` is called after every tensor."""
+    codes = {name: code for code, name in DTYPES.items()}
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so each begins at a multiple of its size
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": codes[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        for tensor in tensors:
+            file.write(np.asarray(tensor.read(), order="C").reshape(-1).view(np.uint8).data)
+            written(tensor)

@@ -1,6 +1,6 @@
 """Weights in several files: the index file that says which tensor lies in which shard."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -45,3 +45,16 @@ def open_checkpoint(stack: ExitStack, directory: Path, name: str, open_file: Ope
             raise CheckpointError(f"{index}: tensor {difference[0][:300]!r} of shard {shard} is in {where}")
         tensors |= found
     return tensors
+
+
+def partition(tensors: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
+    """The tensors in their order, cut into files of at most `limit` bytes of values; a larger one is alone in its file."""
+    parts: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    return parts

@@ -15,7 +15,8 @@ from refmodels.op import Array
 class Tensor:
     """A stored tensor, not read yet: the `file` it lies in, its `name` there, `shape`, `dtype`.
 
-    `read()` gives the values; ValueError if the file turns out to be damaged.
+    `read()` gives the values; ValueError if the file turns out to be damaged. Of a tensor that is to be stored, `file` is what
+    it is stored for, and `read()` makes the values when their turn comes.
     """
 
     file: Path

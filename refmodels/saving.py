@@ -1,0 +1,289 @@
+"""Saving: from a backbone or a task to a directory, in KerasHub's form or in Hugging Face's.
+
+What is in the files is in `spec/files.md`. Weights are written tensor by tensor, so that saving needs the memory of the
+largest one beside the model's. A directory appears when it is complete: all is written into a hidden one beside it first.
+"""
+
+import errno
+import glob
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmodels import lora
+from refmodels.backbone import Backbone
+from refmodels.files import write_json
+from refmodels.op import Array
+from refmodels.ops.precision import narrow, numpy_dtype
+from refmodels.parameters import Parameter, flatten
+from refmodels.task import Task
+from refmodels.tokenizer_files import save_hugging_face
+from refmodels.weights import huggingface, keras_config, keras_h5, safetensors
+from refmodels.weights.tensor import Tensor
+
+LOG = logging.getLogger("refmodels")
+
+GIB = 2**30
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+Progress = Callable[[int, int], None]
+"""Called after every tensor with the bytes that are written and those that will be."""
+
+
+def save_to_preset(model: Backbone | Task, directory: str | Path, max_shard_size: float = 10) -> None:
+    """Write KerasHub's files: config.json, metadata.json, the weights, and what a task's preprocessor needs.
+
+    Weights of more than `max_shard_size` GiB go into shards of at most that. A directory that is there keeps its other files.
+    OSError if it cannot be written: then it is as it was.
+    """
+    with staged(directory) as place:
+        write_preset(model, place, max_shard_size)
+
+
+def save_to_hf(model: Backbone | Task, directory: str | Path, max_shard_size: float = 5, dtype: str | None = None) -> None:
+    """Write the files with which Transformers builds an equal model: config.json, generation_config.json, model.safetensors,
+    and a task's tokenizer.
+
+    dtype   type of the tensors, of `FLOATS`; by default that of the model's parameters. For the rest see `save_to_preset`.
+            ValueError for a model that Transformers' class of the family cannot hold.
+    """
+    with staged(directory) as place:
+        write_hugging_face(model, place, max_shard_size, dtype)
+
+
+def write_preset(
+    model: Backbone | Task, directory: Path, max_shard_size: float, progress: Progress = lambda done, total: None
+) -> list[Tensor]:
+    """`save_to_preset` into an empty directory; the tensors that are in it then."""
+    backbone, limit = backbone_of(model), shard_bytes(max_shard_size)
+    tensors = [
+        Tensor(directory, parameter.keras, parameter.keras_shape, values.dtype, partial(_keras_values, parameter, values))
+        for parameter, values in leaves(backbone)
+    ]
+    arguments = backbone.get_config()
+    held = keras_config.keras_hub_can_hold(type(backbone).__name__, arguments)
+    if not held:
+        LOG.warning("KerasHub's %s cannot hold this model: its files are for refmodels alone", type(backbone).__name__)
+    check_room(directory, tensors)
+    package = "keras_hub" if held else "refmodels"
+    config = keras_config.envelope(backbone.family, arguments, package)
+    write_json(directory / "config.json", config)
+    metadata = {
+        "keras_version": "3.7.0",  # the versions whose form of files this is
+        "keras_hub_version": "0.17.0",
+        "parameter_count": backbone.count_params(),
+        "date_saved": time.strftime("%Y-%m-%d@%H:%M:%S"),
+        "tasks": ["Seq2SeqLM" if backbone.family == "t5" else "CausalLM"],
+    }
+    write_json(directory / "metadata.json", metadata)
+    keras_h5.write_tensors(directory, tensors, limit, reporting(progress, tensors))
+    if isinstance(model, Task):
+        write_json(directory / "task.json", model.keras_object(config))
+        if model.preprocessor is not None:
+            model.preprocessor.save_to_preset(directory)
+    return tensors
+
+
+def _keras_values(parameter: Parameter, values: Array) -> Array:
+    return finite(parameter.keras, values.reshape(parameter.keras_shape))
+
+
+def write_hugging_face(
+    model: Backbone | Task,
+    directory: Path,
+    max_shard_size: float,
+    dtype: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Tensor]:
+    """`save_to_hf` into an empty directory; the tensors that are in it then."""
+    backbone, limit = backbone_of(model), shard_bytes(max_shard_size)
+    family, tokenizer = backbone.family, model.tokenizer if isinstance(model, Task) else None
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    shared: dict[str, list[tuple[Parameter, Array]]] = {}  # BLOOM's query, key and value are one tensor
+    for parameter, values in leaves(backbone):
+        if values.dtype.name not in FLOATS:
+            raise ValueError(f"{parameter.path} is quantised, which these files cannot hold: call dequantize() first")
+        shared.setdefault(huggingface.stored_name(parameter, family), []).append((parameter, values))
+    target = numpy_dtype(dtype or backbone.variable_dtype)
+    token_ids = huggingface.TOKEN_IDS[family]
+    if tokenizer is not None:
+        of_tokenizer = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.start_token_id}
+        token_ids = {name: of_tokenizer.get(name, tokenizer.end_token_id) for name in token_ids}
+    config = huggingface.configuration(family, backbone.get_config(), target.name, token_ids)
+    tensors = [
+        Tensor(directory, name, huggingface.stored_shape(members[0][0]), target, partial(_stored_values, name, members, target))
+        for name, members in shared.items()
+    ]
+    check_room(directory, tensors)
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", huggingface.generation_configuration(family, token_ids))
+    safetensors.write_tensors(directory, tensors, limit, reporting(progress, tensors))
+    if tokenizer is not None:
+        save_hugging_face(tokenizer, directory)
+    return tensors
+
+
+def _stored_values(name: str, members: list[tuple[Parameter, Array]], dtype: np.dtype[Any]) -> Array:
+    return finite(name, narrow(huggingface.stored(members), dtype))
+
+
+def finite(name: str, values: Array) -> Array:
+    """The same values, after a warning if some are not finite: a cast to float16 may have overflowed."""
+    if not np.isfinite(values).all():
+        LOG.warning("tensor %s has values that are not finite as %s", name, values.dtype)
+    return values
+
+
+def reporting(progress: Progress, tensors: Iterable[Tensor]) -> Callable[[Tensor], None]:
+    """What the writer of `tensors` calls after each."""
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def written(tensor: Tensor) -> None:
+        nonlocal done
+        done += tensor.nbytes
+        progress(done, total)
+
+    return written
+
+
+def backbone_of(model: Backbone | Task) -> Backbone:
+    """The backbone that is to be saved."""
+    backbone: Backbone = model.backbone if isinstance(model, Task) else model
+    return backbone
+
+
+def leaves(backbone: Backbone) -> Iterator[tuple[Parameter, Array]]:
+    """What is saved of a backbone: every parameter with its values, in the order of the table, adapters merged. ValueError for
+    a tree that does not fit the table."""
+    values = dict(flatten(lora.merged(backbone.params)))
+    for parameter in backbone.parameters():
+        found = values.get(parameter.path)
+        if found is None or np.shape(found) != parameter.shape:
+            state = "is missing" if found is None else f"has shape {np.shape(found)}"
+            raise ValueError(f"{type(backbone).__name__} params: {parameter.path} {state}, wanted {parameter.shape}")
+        yield parameter, np.asarray(found)
+
+
+def shard_bytes(gibibytes: float) -> int:
+    """`max_shard_size` in bytes; ValueError unless it is a positive number."""
+    if isinstance(gibibytes, bool) or not isinstance(gibibytes, int | float) or not 0 < gibibytes < float("inf"):
+        raise ValueError(f"max_shard_size must be a positive number of GiB, got {gibibytes!r}")
+    return max(1, int(gibibytes * GIB))
+
+
+def check_room(directory: Path, tensors: Iterable[Tensor]) -> None:
+    """OSError if the disk has no room for these tensors."""
+    wanted, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(directory).free
+    if wanted > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {wanted} bytes are to be written, {free} are free")
+
+
+# -- directories that appear when they are complete -----------------------------------------------------------------------
+
+_WEIGHTS = re.compile(
+    r"model\.weights\.(h5|json)|model_\d{5}\.weights\.h5|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
+"""Files that are in the way of new weights."""
+
+
+@contextmanager
+def staged(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A hidden directory beside `directory`, for the files to be written into; it takes its place when the block ends well, and
+    is removed when it does not. What a killed process left of its own is removed first.
+
+    A directory with files in it keeps them, weights and those of the same name excepted; with `replace` it goes as a whole.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{directory} is there and is no directory")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    place = staging_parent(target) / f".{target.name}.partial-{os.getpid()}-{time.time_ns():x}"
+    place.mkdir()
+    try:
+        with locked(place):
+            yield place
+            if place.parent == target:
+                _merge(place, target, keep=not replace)
+            elif not target.exists() or not any(target.iterdir()):
+                place.replace(target)
+            elif replace:
+                _replace(place, target)
+            else:
+                _merge(place, target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # they stay where something is in them
+            for parent in new_parents:
+                parent.rmdir()
+
+
+def _replace(place: Path, target: Path) -> None:
+    old = place.with_name(f"{place.name}-old")
+    target.replace(old)
+    try:
+        place.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _merge(place: Path, target: Path, *, keep: bool = True) -> None:
+    """Each file appears whole, the configuration last."""
+    new = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
+    for path in [path for path in target.iterdir() if path != place and Path(path.name) not in new]:
+        if _WEIGHTS.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+        elif not keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for name in sorted(new, key=lambda name: name == Path("config.json")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).replace(target / name)
+
+
+def staging_parent(target: Path) -> Path:
+    """Where the hidden directory goes: beside the target, or into it if it is a mount or nothing may be written beside it."""
+    inside = target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK))
+    return target if inside else target.parent
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what processes that were killed left beside `target`. One that still runs holds a lock on its directory."""
+    for place in staging_parent(target).glob(f".{glob.escape(target.name)}.partial-*"):
+        with suppress(OSError), locked(place):
+            if place.name.endswith("-old") and not target.exists():
+                place.replace(target)
+            else:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of this directory; BlockingIOError if another process holds it. Where there are no such locks, OSError for
+    the directory of another process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        if f".partial-{os.getpid()}-" not in directory.name:
+            raise OSError(f"{directory}: may be in use") from None
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
