@@ -11,18 +11,22 @@ from refmodels import samplers
 from refmodels.accelerator import Accelerator, AcceleratorError, use
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone, BloomCausalLM
+from refmodels.causal_lm import CausalLM
+from refmodels.files import CheckpointError
 from refmodels.op import OPS, Op, ShapeError, op, watching
 from refmodels.opt import OPTBackbone, OPTCausalLM
 from refmodels.preprocessors import (
     BloomCausalLMPreprocessor,
     CausalLMPreprocessor,
     OPTCausalLMPreprocessor,
+    Preprocessor,
     Seq2SeqLMPreprocessor,
     T5Preprocessor,
     T5Seq2SeqLMPreprocessor,
 )
+from refmodels.seq_2_seq_lm import Seq2SeqLM
 from refmodels.t5 import T5Backbone, T5Seq2SeqLM
-from refmodels.task import CausalLM, Seq2SeqLM
+from refmodels.task import Task
 from refmodels.tokenizers import BloomTokenizer, OPTTokenizer, T5Tokenizer, Tokenizer
 
 __version__ = "0.1.0"
@@ -38,11 +42,13 @@ __all__ = [
     "BloomTokenizer",
     "CausalLM",
     "CausalLMPreprocessor",
+    "CheckpointError",
     "OPTBackbone",
     "OPTCausalLM",
     "OPTCausalLMPreprocessor",
     "OPTTokenizer",
     "Op",
+    "Preprocessor",
     "Seq2SeqLM",
     "Seq2SeqLMPreprocessor",
     "ShapeError",
@@ -51,6 +57,7 @@ __all__ = [
     "T5Seq2SeqLM",
     "T5Seq2SeqLMPreprocessor",
     "T5Tokenizer",
+    "Task",
     "Tokenizer",
     "op",
     "samplers",

@@ -9,10 +9,11 @@ again, or a primitive's NumPy, for which foreign arrays cross to the host and ba
 """
 
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,18 @@ Kernel = Callable[..., Any]
 When = Callable[..., "bool | str"]
 
 
+class Registered(NamedTuple):
+    """A kernel and when it runs: always (None), never on this machine (the reason), or when a function of the call says so."""
+
+    function: Kernel
+    when: When | str | None
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+
 class AcceleratorError(RuntimeError):
     """An accelerator that is not installed, cannot run on this machine, or breaks its contract."""
 
@@ -36,19 +49,21 @@ class AcceleratorError(RuntimeError):
 class Accelerator:
     """Kernels for some ops, and how arrays of their kind come and go.
 
-    `strict` turns a host crossing into an error. `crossings` counts them by op name.
+    `strict` turns a host crossing into an error. `crossings` counts them by op name. The contract is in `accel/README.md`.
     """
 
     def __init__(self, name: str, *, strict: bool = False) -> None:
         self.name = name
         self.strict = strict
         self.crossings: Counter[str] = Counter()
-        self._kernels: dict[Op[..., Any], list[tuple[When | None, Kernel]]] = {}
+        self._kernels: dict[Op[..., Any], list[Registered]] = {}
+        self._counting = threading.Lock()
 
-    def kernel(self, op: Op[..., Any], *, when: When | None = None) -> Callable[[Kernel], Kernel]:
+    def kernel(self, op: Op[..., Any], *, when: When | bool | str | None = None) -> Callable[[Kernel], Kernel]:
         """Register the decorated function for `op`. It must take the op's parameters, by the same names.
 
-        `when(*args, **kwargs)` may decline a call: it returns True to accept, or False or a reason. Kernels are asked in order.
+        `when(*args, **kwargs)` may decline a call: it returns True to accept, or False or a reason. What is known beforehand is
+        given as it is: `when=has_avx512 or "no AVX-512 here"`. Kernels are asked in order.
         """
 
         if not isinstance(op, Op):
@@ -60,17 +75,48 @@ class Accelerator:
                 raise AcceleratorError(
                     f"{self.name}: kernel of {op.name} takes ({', '.join(got)}), wanted ({', '.join(wanted)})"
                 )
-            self._kernels.setdefault(op, []).append((when, function))
+            condition: When | str | None
+            if isinstance(when, bool | str | None):
+                condition = when if isinstance(when, str) else None if when is not False else "not on this machine"
+            else:
+                condition = when
+                problem = _refused_call(op.signature, when)
+                if problem:
+                    raise AcceleratorError(f"{self.name}: when= of {op.name} must take its ({', '.join(wanted)}): {problem}")
+            self._kernels.setdefault(op, []).append(Registered(function, condition))
             return function
 
         return register
 
+    def kernels(self, op: Op[..., Any]) -> tuple[Registered, ...]:
+        """The kernels of this op, in the order in which they are asked."""
+        return tuple(self._kernels.get(op, ()))
+
     def pick(self, op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kernel | None:
         """The first kernel that accepts this call, or None."""
-        for when, function in self._kernels.get(op, ()):
-            if when is None or when(*args, **kwargs) is True:
+        for function, when in self._kernels.get(op, ()):
+            if when is None or (not isinstance(when, str) and self._verdict(op, when, args, kwargs) is True):
                 return function
         return None
+
+    def reasons(self, op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Why each kernel of this op that is asked declines this call: the reason it gives, or its name."""
+        found: list[str] = []
+        for entry in self.kernels(op):
+            when = entry.when
+            verdict = when if when is None or isinstance(when, str) else self._verdict(op, when, args, kwargs)
+            if verdict is None or verdict is True:
+                break
+            found.append(verdict or f"{entry.name} declines")
+        return found
+
+    def _verdict(self, op: Op[..., Any], when: When, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | str:
+        verdict: Any = when(*args, **kwargs)
+        if isinstance(verdict, bool | str):
+            return verdict
+        if isinstance(verdict, np.bool_):
+            return bool(verdict)
+        raise AcceleratorError(f"{self.name}: when= of {op.name} gave {verdict!r}, wanted True, False or a reason")
 
     def run(self, op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the call: by a kernel, by the body of a composite, or by the reference on the host."""
@@ -85,19 +131,31 @@ class Accelerator:
     def _cross(self, op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.strict or op.mutates:
             why = "strict is set" if self.strict else f"{op.name} writes to {', '.join(op.mutates)}"
-            raise AcceleratorError(f"{self.name} has no kernel for {op.name} here, and {why}: not crossing to the host")
-        self.crossings[op.name] += 1
+            declined = "; ".join(self.reasons(op, args, kwargs))
+            here = f"here ({declined})" if declined else "here"
+            raise AcceleratorError(f"{self.name} has no kernel for {op.name} {here}, and {why}: not crossing to the host")
+        with self._counting:
+            self.crossings[op.name] += 1
         on_host = [self.asnumpy(value) if self.foreign(value) else value for value in args]
         named = {key: self.asnumpy(value) if self.foreign(value) else value for key, value in kwargs.items()}
         op.check(*on_host, **named)
-        return self.asarray(op.reference(*on_host, **named))
+        return self._back(op.reference(*on_host, **named))
+
+    def _back(self, result: Any) -> Any:
+        """The arrays of a result as this accelerator's kind; some ops give several."""
+        if isinstance(result, tuple | list):
+            return type(result)(self._back(part) for part in result)
+        return self.asarray(np.asarray(result)) if isinstance(result, np.ndarray | np.generic) else result
 
     def foreign(self, value: Any) -> bool:
         """True for an array that NumPy code cannot take: by default, anything else that has a shape and a dtype."""
         return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.ndarray | np.generic)
 
     def load(self, params: Params) -> Params:
-        """The tree as kernels want it: same keys, plus private leaves. By default the tree itself."""
+        """A new tree as kernels want it: same keys, plus private ones that begin with `_`. By default the tree itself.
+
+        Called once for each model and tree. `params` stays the model's: nothing in it may be written to.
+        """
         return params
 
     def asarray(self, x: np.ndarray[Any, Any]) -> Any:
@@ -124,6 +182,22 @@ def _parameters(signature: inspect.Signature) -> list[str]:
     ]
 
 
+def _refused_call(signature: inspect.Signature, when: When) -> str | None:
+    """What `when` does not take of the calls that this signature allows: all by place or by name, or the least."""
+    given = signature.parameters.values()
+    by_place = [p.name for p in given if p.kind is not p.KEYWORD_ONLY]
+    by_name = {p.name: None for p in given if p.kind is p.KEYWORD_ONLY}
+    needed = {p.name: None for p in given if p.default is p.empty}
+    taken = inspect.signature(when)
+    try:
+        taken.bind(*by_place, **by_name)
+        taken.bind(**dict.fromkeys(by_place), **by_name)
+        taken.bind(**needed)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
 def installed() -> "dict[str, EntryPoint]":
     """The plug-ins that are installed, by name; none of them is imported."""
     from importlib.metadata import entry_points  # slow to import
@@ -139,20 +213,35 @@ def find(accelerator: "str | Accelerator | None") -> Accelerator | None:
         return accelerator
     if not isinstance(accelerator, str):
         raise TypeError(f"accelerator must be a name, an Accelerator or None, got {type(accelerator).__name__}")
-    plugins = installed()
-    if accelerator not in plugins:
-        names = ", ".join([REFERENCE, *sorted(plugins)])
-        raise AcceleratorError(f"no accelerator {accelerator!r} is installed; here: {names}")
+    found = plugin(accelerator)
     try:
-        found = plugins[accelerator].load()
-    except ImportError as error:
-        raise AcceleratorError(f"accelerator {accelerator!r} cannot be imported: {error}") from error
-    if not isinstance(found, Accelerator):
-        raise AcceleratorError(f"entry point {accelerator!r} is a {type(found).__name__}, wanted an Accelerator")
-    reason = found.missing()
+        reason = found.missing()
+    except Exception as error:
+        raise AcceleratorError(f"accelerator {accelerator!r} cannot say whether it can run here: {_told(error)}") from error
     if reason is not None:
         raise AcceleratorError(f"accelerator {accelerator!r} cannot run here: {reason}")
     return found
+
+
+def plugin(name: str) -> Accelerator:
+    """The plug-in of this name, imported now, whether or not it can run on this machine."""
+    plugins = installed()
+    if name not in plugins:
+        names = ", ".join([REFERENCE, *sorted(plugins)])
+        raise AcceleratorError(f"no accelerator {name!r} is installed; here: {names}")
+    try:
+        found = plugins[name].load()
+    except (Exception, SystemExit) as error:  # a plug-in is somebody else's: whatever it raises is said of it
+        raise AcceleratorError(f"accelerator {name!r} cannot be imported: {_told(error)}") from error
+    if not isinstance(found, Accelerator):
+        raise AcceleratorError(f"entry point {name!r} is a {type(found).__name__}, wanted an Accelerator")
+    return found
+
+
+def _told(error: BaseException) -> str:
+    """The error in one line, with its class where that says more."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ImportError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @contextmanager

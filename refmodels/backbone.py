@@ -1,6 +1,5 @@
-"""What the three backbones share: constructor arguments, checked inputs, parameters, counting, the run on an accelerator."""
+"""What the three backbones share: checked inputs, parameters, counting, the run on an accelerator."""
 
-import math
 import secrets
 import warnings
 from abc import ABC, abstractmethod
@@ -14,10 +13,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from refmodels.accelerator import Accelerator, find
+from refmodels.arguments import is_integer, policy_name
 from refmodels.op import Array, Op, Params, executing, executor_in_force
 from refmodels.ops.dense import token_scores, token_vectors
-from refmodels.ops.precision import POLICIES, compute_dtype, narrow, numpy_dtype, variable_dtype
-from refmodels.parameters import Parameter, count, draw, flatten, stored_bytes
+from refmodels.ops.precision import compute_dtype, narrow, numpy_dtype, variable_dtype
+from refmodels.parameters import Parameter, check_leaves, count, draw, flatten, stored_bytes
 from refmodels.quantization import (
     Quantization,
     check_finite,
@@ -36,70 +36,6 @@ Generator = np.random.Generator
 OPTIONS = {"name": None, "trainable": True, "accelerator": None, "seed": None, "weight_only": False}
 """What every constructor takes beside the documented arguments: a label, a flag that is kept, where to run, the random seed,
 and whether an int8 model leaves the inputs of its products as they are."""
-
-LARGEST_SIZE = 10_000_000
-"""No dimension of a published model comes near; a larger one is a corrupt config."""
-
-
-def check_config(config: Any, *, optional: tuple[str, ...] = ()) -> None:
-    """Check the fields of a config by their type: sizes positive, dropout in [0, 1), epsilon positive, flags boolean."""
-    for field in fields(config):
-        value, label = getattr(config, field.name), f"{type(config).__name__.removesuffix('Config')} {field.name}"
-        if field.name == "dtype":
-            if value not in POLICIES:
-                raise ValueError(f"{label} must be one of {', '.join(POLICIES)}, got {value!r}")
-        elif field.name == "dropout":
-            if not (_is_number(value) and 0 <= value < 1):
-                raise ValueError(f"{label} must be a number in [0, 1), got {value!r}")
-        elif field.name == "layer_norm_epsilon":
-            if not (_is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{label} must be a positive number, got {value!r}")
-        elif field.name in optional and value is None:
-            continue
-        elif field.type in (bool, bool | None):
-            if not isinstance(value, bool):
-                raise ValueError(f"{label} must be true or false, got {value!r}")
-        elif field.name != "activation" and not (is_integer(value) and 0 < value <= LARGEST_SIZE):
-            raise ValueError(f"{label} must be a positive integer up to {LARGEST_SIZE}, got {value!r}")
-
-
-def check_heads(config: Any) -> None:
-    """hidden_dim must be a multiple of num_heads."""
-    if config.hidden_dim % config.num_heads:
-        raise ValueError(f"hidden_dim must be divisible by num_heads, got {config.hidden_dim} and {config.num_heads}")
-
-
-def check_length(length: int, limit: int | None) -> None:
-    """A sequence must fit the table of positions."""
-    if limit is not None and length > limit:
-        raise ValueError(f"sequence length {length} is more than max_sequence_length {limit}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def is_integer(value: Any) -> bool:
-    """An integer, Python's or NumPy's, but no boolean."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def policy_name(dtype: Any) -> str:
-    """The policy in any form a config holds it: None (float32), a name, a NumPy type, Keras' serialised DTypePolicy."""
-    if dtype is None:
-        return "float32"
-    if isinstance(dtype, Mapping):
-        inner = dtype.get("config")
-        name = inner.get("name") if isinstance(inner, Mapping) else None
-        if dtype.get("class_name") != "DTypePolicy" or not isinstance(name, str):
-            raise ValueError(f"dtype policy {dtype.get('class_name')!r} is not supported, wanted a DTypePolicy with a name")
-        return name
-    if isinstance(dtype, str):
-        return dtype
-    try:
-        return np.dtype(dtype).name
-    except TypeError:
-        raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {dtype!r}") from None
 
 
 class ClassPresets:
@@ -172,7 +108,10 @@ class Backbone(ABC):
 
     @property
     def params(self) -> Params:
-        """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`."""
+        """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`.
+
+        Another tree can be assigned: ValueError names the leaf that is missing, surplus or of a wrong shape.
+        """
         if self._params is None:
             tree = draw(self.plain_parameters(), seed=self.seed, dtype=self.variable_dtype)
             how = self.quantization
@@ -181,6 +120,7 @@ class Backbone(ABC):
 
     @params.setter
     def params(self, tree: Params) -> None:
+        check_leaves(dict(flatten(tree)), self.parameters(), type(self).__name__)
         self._params, self._loaded = tree, None
 
     @property
@@ -189,9 +129,10 @@ class Backbone(ABC):
         accelerator = self._in_force()
         if accelerator is None:
             return self.params
-        if self._loaded is None or self._loaded[0] is not accelerator:
-            self._loaded = accelerator, accelerator.load(self.params)
-        return self._loaded[1]
+        loaded = self._loaded  # read once: the accelerator in force is the thread's own, and another may put its tree here
+        if loaded is None or loaded[0] is not accelerator:
+            loaded = self._loaded = accelerator, accelerator.load(self.params)
+        return loaded[1]
 
     @property
     def variable_dtype(self) -> str:
@@ -228,7 +169,9 @@ class Backbone(ABC):
             raise ValueError(f"{self.name} is quantised to {self.quantization.mode} already: dequantize() it or load it again")
         leaves = dict(flatten(self.params))
         check_finite(leaves)
-        self._params = self._loaded = None  # so that each matrix goes when it has been quantised
+        # Each matrix is to go when it has been quantised. An empty tree, not None, which would be drawn at random again if this
+        # is interrupted.
+        self._params, self._loaded = {}, None
         self._params, self.quantization = quantized_tree(leaves, how), how
 
     def dequantize(self) -> None:
@@ -237,7 +180,7 @@ class Backbone(ABC):
         if how is None:
             raise ValueError(f"{self.name} is not quantised")
         leaves = dict(flatten(self.params))
-        self._params = self._loaded = None
+        self._params, self._loaded = {}, None  # as in `quantize`
         self._params, self.quantization = dequantized_tree(leaves, how, numpy_dtype(self.variable_dtype)), None
 
     def _check_layers(self, given: tuple[str, ...]) -> None:
@@ -281,9 +224,9 @@ class Backbone(ABC):
 
         ValueError for another ending or a model without adapters.
         """
-        from refmodels import lora
+        from refmodels import lora_files
 
-        lora.save(self, filepath)
+        lora_files.save(self, filepath)
 
     def load_lora_weights(self, filepath: str | Path) -> None:
         """Take the adapters of a file that ends in `.lora.h5` or `.safetensors` in place of any that are there.
@@ -291,24 +234,24 @@ class Backbone(ABC):
         Everything is checked before anything changes: ValueError says what does not fit, such as a rank that is not the one of
         `enable_lora`, if that was called.
         """
-        from refmodels import lora
+        from refmodels import lora_files
 
-        self._attach(lora.load(self, filepath))
+        self._attach(lora_files.load(self, filepath))
 
     def load_peft_adapter(self, directory: str | Path) -> None:
         """Take the adapters of a directory that PEFT wrote (`adapter_config.json`) in place of any that are there.
 
         Everything is checked before anything changes: ValueError says what does not fit or is not supported.
         """
-        from refmodels import lora
+        from refmodels import lora_files
 
-        self._attach(lora.load_peft(self, directory))
+        self._attach(lora_files.load_peft(self, directory))
 
     def save_peft_adapter(self, directory: str | Path, base_model_name_or_path: str | None = None) -> None:
         """Write the adapters as PEFT takes them on the Hugging Face model with its head. ValueError for a model without any."""
-        from refmodels import lora
+        from refmodels import lora_files
 
-        lora.save_peft(self, directory, base_model_name_or_path)
+        lora_files.save_peft(self, directory, base_model_name_or_path)
 
     def merge_lora(self) -> None:
         """Add every adapter to its kernel, and drop it. ValueError for a model without adapters or with quantised kernels."""
@@ -366,7 +309,7 @@ class Backbone(ABC):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: Any, load_weights: bool = True, **kwargs: Any) -> Self:
+    def from_preset(cls, preset: str | Path, load_weights: bool = True, **kwargs: Any) -> Self:
         """A backbone from a built-in name, a directory, or a `kaggle://` or `hf://` handle.
 
         On `Backbone` itself the class comes from the preset; on a model class another family is a ValueError. `kwargs` override
@@ -376,11 +319,11 @@ class Backbone(ABC):
 
         return load_backbone(cls, preset, load_weights=load_weights, **kwargs)
 
-    def save_to_preset(self, directory: str | Path, max_shard_size: float = 10) -> None:
+    def save_to_preset(self, preset_dir: str | Path, max_shard_size: float = 10) -> None:
         """Write this model as KerasHub's files; see `refmodels.saving.save_to_preset`."""
         from refmodels.saving import save_to_preset
 
-        save_to_preset(self, directory, max_shard_size)
+        save_to_preset(self, preset_dir, max_shard_size)
 
     def save_to_hf(self, directory: str | Path, max_shard_size: float = 5, dtype: str | None = None) -> None:
         """Write this model as Transformers' files; see `refmodels.saving.save_to_hf`."""
@@ -394,6 +337,9 @@ class Backbone(ABC):
         """Run the model. Dropout acts only with `training=True`, and draws from `rng`."""
         if training and rng is None and self.config.dropout > 0:
             raise ValueError(f"training with dropout {self.config.dropout} needs rng=numpy.random.default_rng(seed)")
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs must be a dictionary with {', '.join(self.inputs)}, got {type(inputs).__name__}")
+        self.warn_of_unknown(inputs)
         arrays = self._checked(inputs)
         with self.running():
             on_device = {name: self.on_device(array) for name, array in arrays.items()}
@@ -430,9 +376,6 @@ class Backbone(ABC):
         return self.accelerator or (surrounding if isinstance(surrounding, Accelerator) else None)
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs must be a dictionary with {', '.join(self.inputs)}, got {type(inputs).__name__}")
-        self.warn_of_unknown(inputs)
         arrays: dict[str, Array] = {}
         for token, (mask, *others) in self.inputs.items():
             arrays[token], arrays[mask] = self.check_pair(inputs, token, mask)
@@ -446,11 +389,11 @@ class Backbone(ABC):
         return arrays
 
     def warn_of_unknown(self, inputs: Mapping[str, Any]) -> None:
-        """Warn of inputs that this model does not know: they are ignored."""
+        """Warn of inputs that this model does not know: they are ignored. The line it shows is that which called the caller."""
         known = sorted(name for token, others in self.inputs.items() for name in (token, embeddings_name(token), *others))
         for name in inputs:
             if name not in known:
-                warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(known)}", stacklevel=4)
+                warnings.warn(f"{type(self).__name__} ignores input {name!r}; it takes {', '.join(known)}", stacklevel=3)
 
     def check_pair(self, inputs: Mapping[str, Any], token: str, mask: str) -> tuple[Array, Array]:
         """The ids and the mask of these names, checked; a mask that is not there is all ones."""

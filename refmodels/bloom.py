@@ -7,7 +7,9 @@ parameter tree that the function uses, and `**p["query"]` passes its kernel and 
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from refmodels.backbone import Backbone, Generator, check_config, check_heads
+from refmodels.arguments import check_config, check_heads
+from refmodels.backbone import Backbone, Generator
+from refmodels.causal_lm import CausalLM
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
@@ -21,7 +23,6 @@ from refmodels.ops.position import alibi_bias, alibi_slopes, token_positions
 from refmodels.ops.precision import compute_dtype, wide_dtype
 from refmodels.parameters import Parameter, ParameterTable, glorot_uniform, normal, numbered
 from refmodels.preprocessors import BloomCausalLMPreprocessor
-from refmodels.task import CausalLM
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `refmodels score`, `refmodels presets`, `refmodels info`, `refmodels convert`.
+"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `ops`, `accelerators`.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -6,7 +6,6 @@ NumPy is imported inside it.
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -15,13 +14,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from refmodels import __version__
+from refmodels.printing import aligned, byte_size, print_json, print_rows
 
 if TYPE_CHECKING:
     from refmodels.accelerator import Accelerator
@@ -37,15 +37,16 @@ SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 WIDTH = 120
 
-ERROR, USAGE, BROKEN_PIPE, INTERRUPTED, TERMINATED = 1, 2, 141, 130, 143
-"""Exit statuses; the last three are what a shell reports for a program that SIGPIPE, SIGINT or SIGTERM ended."""
+ERROR, USAGE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
+"""Exit statuses; the last two are what a shell reports for a program that SIGPIPE or SIGINT ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     try:
         status = _run(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was not closed before we began
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         _discard_output()
@@ -79,7 +80,7 @@ def _status(error: Exception) -> int:
     return USAGE if isinstance(error, asked) else ERROR
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {text}' if text else ''}"
@@ -88,7 +89,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else print would take standard output
+        print(text, file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:
@@ -214,6 +216,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace DST as a whole, when all is written")
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
+    accelerators = commands.add_parser(
+        "accelerators", help="list what can stand in for the reference", description=_ACCELERATORS
+    )
+    accelerators.set_defaults(command=accelerators_command)
+    accelerators.add_argument("--json", action="store_true", help="print a JSON array")
+
+    ops = commands.add_parser("ops", help="list the ops, or what an accelerator does for each", description=_OPS)
+    ops.set_defaults(command=ops_command)
+    ops.add_argument("--accelerator", metavar="NAME", help="say op by op what runs on this plug-in, and why")
+    ops.add_argument("--json", action="store_true", help="print JSON")
+
     info = commands.add_parser(
         "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
     )
@@ -227,6 +240,11 @@ def _parser() -> argparse.ArgumentParser:
 _GENERATE = "Continue a text (OPT, BLOOM) or answer it (T5). The text appears as it is generated, except from a beam search."
 _SCORE = "Print the log-probability of each token of a text, or of a second text that follows or answers the first."
 _CONVERT = "Write a preset, its tokenizer included, in KerasHub's form or in Hugging Face's. DST appears when it is complete."
+_ACCELERATORS = (
+    "List the accelerators that are installed, and say which can run here. Without --accelerator, generate and score take the "
+    "first that can. Imports each of them."
+)
+_OPS = "List the ops. x[*b n]: an array whose last axis has size n; ?: may be left out; p{}: a tree. Or say what runs each."
 _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
 
 
@@ -331,7 +349,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
     }
     if arguments.json:
         said = {"text": texts, "tokens": tokens} if several else {"text": texts[0], "tokens": tokens[0]}
-        _print_json({"preset": arguments.preset, "prompt": prompt, **said, **stats})
+        print_json({"preset": arguments.preset, "prompt": prompt, **said, **stats})
     elif stream:
         print(flush=True)
     else:
@@ -344,16 +362,21 @@ def fastest_accelerator() -> "Accelerator | None":
     """The first installed accelerator that can run here, the fastest first; None, the reference, if there is none."""
     from refmodels.accelerator import AcceleratorError, find, installed
 
-    plugins = installed()
-    order = [name for name in FASTEST_FIRST if name in plugins] + sorted(plugins.keys() - set(FASTEST_FIRST))
-    for name in order:
+    for name in fastest_first(installed()):
         try:
             return find(name)
-        except AcceleratorError:  # it cannot run on this machine
-            continue
-        except Exception as error:
-            _say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(error)}")
+        except AcceleratorError as error:
+            cause = error.__cause__
+            if cause is None or isinstance(cause, ImportError):  # it cannot run on this machine
+                continue
+            _say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
     return None
+
+
+def fastest_first(names: Iterable[str]) -> list[str]:
+    """Names of accelerators in the order in which the command line tries them."""
+    names = set(names)
+    return [name for name in FASTEST_FIRST if name in names] + sorted(names.difference(FASTEST_FIRST))
 
 
 def _write(pieces: Iterable[str]) -> str:
@@ -431,18 +454,41 @@ def score_command(arguments: argparse.Namespace) -> None:
     prompt = _prompt(arguments.prompt)
     with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
         task = Task.from_preset(arguments.preset, accelerator=accelerator, dtype=arguments.dtype)
+    if arguments.target is None and task.backbone.family == "t5":
+        raise ValueError("T5 answers a text: TARGET, the answer to score, is missing")
     score = task.score(prompt, arguments.target)
     tokens, log_probs = score.token_ids[0].tolist(), score.log_probs[0].tolist()
     pieces = [task.tokenizer.id_to_token(token) for token in tokens]
     total, perplexity = float(score.total[0]), None if not tokens else float(score.perplexity[0])
     if arguments.json:
         inputs = {"preset": arguments.preset, "text": prompt, "target": arguments.target}
-        _print_json({**inputs, "tokens": tokens, "log_probs": log_probs, "total": total, "perplexity": perplexity})
+        print_json({**inputs, "tokens": tokens, "log_probs": log_probs, "total": total, "perplexity": perplexity})
         return
     rows = [(f"{log_prob:.4f}", piece) for log_prob, piece in zip(log_probs, pieces, strict=True)]
     summary = f"{len(tokens)} tokens" + ("" if perplexity is None else f", perplexity {perplexity:.4g}")
-    for line in _aligned([*rows, (f"{total:.4f}", summary)], right=(0,)):
+    for line in aligned([*rows, (f"{total:.4f}", summary)], right=(0,)):
         print(line)
+
+
+# -- accelerators ---------------------------------------------------------------------------------------------------------
+
+
+def ops_command(arguments: argparse.Namespace) -> None:
+    """`refmodels ops`."""
+    from refmodels.cli_ops import print_coverage, print_ops
+
+    if arguments.accelerator is None:
+        print_ops(as_json=arguments.json)
+    else:
+        print_coverage(arguments.accelerator, as_json=arguments.json)
+
+
+def accelerators_command(arguments: argparse.Namespace) -> None:
+    """`refmodels accelerators`."""
+    from refmodels.accelerator import installed
+    from refmodels.cli_ops import print_accelerators
+
+    print_accelerators(fastest_first(installed()), as_json=arguments.json)
 
 
 # -- presets --------------------------------------------------------------------------------------------------------------
@@ -457,15 +503,15 @@ def presets_command(arguments: argparse.Namespace) -> None:
         info["parameter_count"] = info["parameter_count"] or MODELS[info["class"]](**info["config"]).count_params()
     infos.sort(key=lambda info: (info["kaggle_handle"] is not None, info["class"], info["parameter_count"]))
     if arguments.json:
-        _print_json([{**info, "weights_bytes": _weights_bytes(info)} for info in infos])
+        print_json([{**info, "weights_bytes": _weights_bytes(info)} for info in infos])
         return
     rows = [("NAME", "CLASS", "PARAMETERS", "WEIGHTS", "", "WHERE")]
     for info in infos:
         size, where = _weights_bytes(info), info["kaggle_handle"] or "shipped"
         dtype = info["weights_dtype"] or "-"
         count = f"{info['parameter_count']:,}"
-        rows.append((info["name"], info["class"], count, "" if size is None else _size(size), dtype, where))
-    lines = _aligned(rows, right=(2, 3))
+        rows.append((info["name"], info["class"], count, "" if size is None else byte_size(size), dtype, where))
+    lines = aligned(rows, right=(2, 3))
     print(lines[0])
     for line, info in zip(lines[1:], infos, strict=True):
         print(line)
@@ -512,7 +558,7 @@ def info_command(arguments: argparse.Namespace) -> None:
     memory = {name: {"weights_bytes": stored[name], "kv_cache_bytes_per_token": kv * BYTES[name]} for name in _COMPARED}
     where = located.handle or ("shipped with refmodels" if known else str(located.directory))
     if arguments.json:
-        _print_json(
+        print_json(
             {
                 "preset": arguments.preset,
                 "class": type(backbone).__name__,
@@ -534,19 +580,19 @@ def info_command(arguments: argparse.Namespace) -> None:
     config, how = backbone.get_config(), backbone.quantization
     if how is not None:  # else a policy for each layer
         config["dtype"] = f"{how.keras_mode}_from_{backbone.config.dtype}"
-    _print_rows([(name, "None" if value is None else str(value)) for name, value in config.items()])
+    print_rows([(name, "None" if value is None else str(value)) for name, value in config.items()])
     print("\nParameters")
     rows = [("LAYER", "PARAMETERS", "EACH", "SHAPES")]
     rows += [(row.name, f"{row.each * row.times:,}", f"{row.each:,}", _shapes(row.shapes)) for row in table]
-    _print_rows([*rows, ("total", f"{count:,}", "", "")], right=(1, 2))
+    print_rows([*rows, ("total", f"{count:,}", "", "")], right=(1, 2))
     print("\nMemory")
     rows = [("DTYPE", "WEIGHTS", "KEYS AND VALUES", "")]
-    rows += [(name, _size(stored[name]), f"{kv * BYTES[name]:,} bytes a token", "") for name in _COMPARED]
+    rows += [(name, byte_size(stored[name]), f"{kv * BYTES[name]:,} bytes a token", "") for name in _COMPARED]
     policy = backbone.config.dtype
     if policy not in _COMPARED:
-        rows.append((policy, _size(weights), f"{kv * cache:,} bytes a token", ""))
+        rows.append((policy, byte_size(weights), f"{kv * cache:,} bytes a token", ""))
     rows = [(*row[:3], "this preset" if row[0] == policy else "") for row in rows]
-    _print_rows(rows, right=(1, 2))
+    print_rows(rows, right=(1, 2))
 
 
 _COMPARED = ("float32", "float16", "bfloat16")
@@ -577,6 +623,10 @@ def _block(path: str) -> tuple[str, int]:
     return ("", -1) if match is None else (match[1], int(match[2]))
 
 
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " ".join(str(shape).replace(" ", "") for shape in shapes)
+
+
 def cache_values_per_token(backbone: "Backbone") -> int:
     """Numbers that a key/value cache holds for one token: a key and a value for each head of each decoder layer."""
     config = backbone.config
@@ -586,68 +636,63 @@ def cache_values_per_token(backbone: "Backbone") -> int:
 # -- convert --------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
-    """Let SIGTERM call this, if this is the main thread: no other may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class Stopper:
+    """Signals that end a program, as SystemExit: at once, or, while tensors are written, between two of them, because what is
+    raised inside a library's callback may be lost there. A second signal is obeyed at once."""
+
+    def __init__(self) -> None:
+        self._writing = False
+        self._received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals come here, if this is the main thread: no other may say so. One that is ignored stays ignored."""
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
+        before = {n: handler for n in numbers if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def between_tensors(self, more: bool) -> None:
+        """Obey a signal that has come; `more` says whether there are tensors to write yet."""
+        self._writing = more
+        if self._received is not None:
+            raise SystemExit(128 + self._received)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        again, self._received = self._received is not None, number
+        if again or not self._writing:
+            raise SystemExit(128 + number)
 
 
 def convert_command(arguments: argparse.Namespace) -> None:
     """`refmodels convert`."""
     from refmodels.convert import convert
 
-    def terminated(*_: Any) -> NoReturn:
-        raise SystemExit(TERMINATED)
+    stopper, unfinished_line = Stopper(), False
 
     def progress(done: int, total: int) -> None:
+        nonlocal unfinished_line
         if sys.stderr is not None and sys.stderr.isatty():
-            print(f"\r{_size(done)} of {_size(total)} written", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{byte_size(done):>8} of {byte_size(total)} written", end="", file=sys.stderr, flush=True)
+            unfinished_line = True
+        stopper.between_tensors(done < total)
 
     options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "force")}
-    with _on_sigterm(terminated), redirect_stdout(sys.stderr):  # downloads report their progress on either stream
-        converted = convert(arguments.source, arguments.target, arguments.to, progress=progress, **options)
+    try:
+        with stopper.listening(), redirect_stdout(sys.stderr):  # downloads report their progress on either stream
+            converted = convert(arguments.source, arguments.target, arguments.to, progress=progress, **options)
+    finally:
+        if unfinished_line:
+            _say("")
     if arguments.json:
-        _print_json({"source": arguments.source, **asdict(converted)})
+        print_json({"source": arguments.source, **asdict(converted)})
         return
-    print(
-        f"{converted.directory}: {converted.format}, {converted.dtype}, {converted.tensors} tensors, {_size(converted.bytes)}",
-        flush=True,
-    )
-
-
-# -- printing -------------------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
-
-
-def _print_rows(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    for line in _aligned(rows, right):
-        print(f"  {line}")
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Each row as a line, its columns padded to one width; those in `right` are set flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
-    return [form.format(*row).rstrip() for row in rows]
-
-
-def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
-    return " ".join(str(shape).replace(" ", "") for shape in shapes)
-
-
-def _size(count: int) -> str:
-    """Bytes in the largest unit that leaves at least 1."""
-    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:,.1f} {unit}"
-    return f"{count} B"
+    written = f"{converted.tensors} tensors, {byte_size(converted.bytes)}"
+    print(f"{converted.directory}: {converted.format}, {converted.dtype}, {written}", flush=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from refmodels.backbone import Backbone
 from refmodels.loading import open_weights
-from refmodels.ops.precision import variable_dtype
+from refmodels.ops.precision import FLOATS, variable_dtype
 from refmodels.presets import locate
-from refmodels.saving import FLOATS, Progress, shard_bytes, staged, write_hugging_face, write_preset
+from refmodels.saving import Progress, checked_target, partial_prefix, shard_bytes, staged, write_hugging_face, write_preset
 from refmodels.task import Task
 
 FORMS = {"keras": 10.0, "hf": 5.0}
@@ -53,7 +53,7 @@ def convert(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     size = FORMS[form] if max_shard_size is None else max_shard_size
     shard_bytes(size)
-    check_target(Path(target), force)
+    check_target(target, force)
     directory = locate(source).fetch()
     check_apart(directory, Path(target))
     with staged(target, replace=True) as place:
@@ -62,15 +62,16 @@ def convert(
             tensors = write_preset(task, place, size, progress)
         else:
             tensors = write_hugging_face(task, place, size, progress=progress)
+        check_target(target, force)  # it may have come while this was written
     total = sum(tensor.nbytes for tensor in tensors)
     return Converted(str(target), form, task.backbone.variable_dtype, len(tensors), total)
 
 
-def check_target(target: Path, force: bool) -> None:
-    """FileExistsError if the target is no directory, or one with files in it that is not to be replaced."""
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is there and is no directory")
-    if target.is_dir() and any(target.iterdir()) and not force:
+def check_target(target: str | Path, force: bool) -> None:
+    """Errors as for `checked_target`; FileExistsError for a directory with files in it that is not to be replaced."""
+    place = checked_target(target)
+    hidden = partial_prefix(place)
+    if not force and place.is_dir() and any(not path.name.startswith(hidden) for path in place.iterdir()):
         raise FileExistsError(f"{target} is there and has files in it: --force replaces it")
 
 

@@ -112,12 +112,29 @@ def keras_object(module: str, class_name: str, config: Mapping[str, Any]) -> dic
     }
 
 
+def keras_policy(name: str) -> dict[str, Any]:
+    """The form in which Keras writes a dtype policy to JSON."""
+    return {"module": "keras", "class_name": "DTypePolicy", "config": {"name": name}, "registered_name": None}
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError from the block that names no file, such as a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: what is written takes the place of `path` if the block ends well, and goes if not."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield beside
+        with naming(path):
+            yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from refmodels.backbone import is_integer
+from refmodels.arguments import is_integer, is_number
 from refmodels.op import Array, Params
 from refmodels.ops.cache import cache_allocate, cache_append, cache_select
 from refmodels.ops.linear import last_rows
@@ -93,7 +93,7 @@ class Sampling:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not is_integer(value) and (whole or not isinstance(value, float | np.floating)):
+            if not (is_integer(value) if whole else is_number(value)):
                 raise TypeError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}")
             if not holds(value):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
@@ -183,16 +183,16 @@ class Request:
     """What `generate` is asked for beside its inputs.
 
     sampling    settings of `Sampling`, one value for all rows or a list with one for each
-    stop        token ids that end a row
-    stops       stop strings
+    stop_ids    token ids that end a row
+    stop_texts  stop strings
     answers     how many for each input; None is one, and not in a list
     all_beams   as many answers as there are beams, with their log probabilities
     constraint  see `Constraint`
     """
 
     sampling: Mapping[str, Any]
-    stop: frozenset[int] = frozenset()
-    stops: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
     answers: int | None = None
     all_beams: bool = False
     constraint: Constraint | None = None

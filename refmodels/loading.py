@@ -7,21 +7,22 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from refmodels.backbone import Backbone, policy_name
+from refmodels.arguments import policy_name
+from refmodels.backbone import Backbone
 from refmodels.files import CheckpointError, MissingFileError, read_json
 from refmodels.op import Array, Params
-from refmodels.ops.precision import numpy_dtype
+from refmodels.ops.precision import FLOATS, numpy_dtype
 from refmodels.parameters import Parameter, build_tree
 from refmodels.preprocessor_files import saved_settings, task_settings
 from refmodels.preprocessors import PREPROCESSORS, Preprocessor
 from refmodels.presets import MODELS, TASKS, construct, locate
 from refmodels.quantization import fault, read_policy
 from refmodels.task import Task
-from refmodels.tokenizer_files import load_tokenizer
+from refmodels.tokenizer_files import has_tokenizer, load_tokenizer
 from refmodels.tokenizers import Tokenizer
 from refmodels.weights import huggingface, keras_config, keras_h5, safetensors, torch_bin
 from refmodels.weights.shards import INDEX_SUFFIX
-from refmodels.weights.tensor import Tensor
+from refmodels.weights.tensor import Misfits, Tensor
 
 B = TypeVar("B", bound=Backbone)
 T = TypeVar("T", bound=Task)
@@ -35,8 +36,6 @@ HUGGINGFACE_FILES = {
     for end in ("", INDEX_SUFFIX)
 }
 """Weight file -> the module that opens it, in the order of preference."""
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def preset_directory(preset: str | Path) -> Path:
@@ -99,8 +98,9 @@ def load_backbone(cls: type[B], preset: str | Path, load_weights: bool = True, *
     source = str(directory / "config.json")
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         base = read_json(directory, "adapter_config.json").get("base_model_name_or_path")
+        of = "another model" if base is None else repr(str(base)[:300])
         raise CheckpointError(
-            f"{directory / 'adapter_config.json'}: an adapter of {str(base)[:300]!r}, not a model: load that model with "
+            f"{directory / 'adapter_config.json'}: an adapter of {of}, not a model: load that model with "
             f"from_preset, then call its load_peft_adapter({str(directory)!r})"
         )
     config = read_json(directory, "config.json")
@@ -141,7 +141,7 @@ def _task_preprocessor(directory: Path, task: type[Task]) -> Preprocessor | None
     """What a preset's directory says about the task's preprocessor; None if it says that there is none."""
     kind: Any = task.preprocessor_class
     settings = task_settings(directory, task.__name__, kind)
-    if settings is None or not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+    if settings is None or not has_tokenizer(directory):
         return None
     preprocessor: Preprocessor = kind(load_tokenizer(directory, kind.family), **settings)
     return preprocessor
@@ -255,26 +255,13 @@ def _assemble(
     parameters, how = backbone.parameters(), backbone.quantization
     if how is not None and all(tensor.dtype.name in FLOATS for tensor in tensors.values()):
         raise CheckpointError(f"{file} holds plain weights: load it with a plain dtype, then call quantize({how.mode!r})")
+    misfits = Misfits(file, type(backbone).__name__)
     found: dict[str, Tensor] = {}
-    problems: list[str] = []
     for parameter in parameters:
-        candidates = names(parameter)
-        name = next((name for name in candidates if name in tensors), None)
-        if name is None:
-            problems.append(f"tensor {candidates[0]!r} of shape {stored_shape(parameter)} is missing")
-            continue
-        tensor = found[parameter.path] = tensors[name]
-        if tensor.shape != stored_shape(parameter):
-            problems.append(f"tensor {name!r} has shape {tensor.shape}, wanted {stored_shape(parameter)}")
-        elif parameter.dtype == "int8" and tensor.dtype.name != "int8":
-            problems.append(f"tensor {name!r} has dtype {tensor.dtype}, wanted int8")
-        elif parameter.dtype != "int8" and tensor.dtype.name not in FLOATS:
-            problems.append(f"tensor {name!r} has dtype {tensor.dtype}, wanted one of {', '.join(FLOATS)}")
-    used = {tensor.name for tensor in found.values()}
-    problems += [f"tensor {name!r} is surplus" for name in tensors if name not in used and not ignorable(name)]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{file} does not fit this {type(backbone).__name__}: {'; '.join(problems[:8])}{more}")
+        dtypes = ("int8",) if parameter.dtype == "int8" else FLOATS
+        found[parameter.path] = misfits.tensor(tensors, names(parameter), stored_shape(parameter), dtypes)
+    misfits.surplus(name for name in tensors if not ignorable(name))
+    misfits.check()
     variable_dtype = backbone.variable_dtype
 
     def leaf(parameter: Parameter) -> Array:

@@ -10,6 +10,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import refmodels.ops
@@ -40,13 +41,20 @@ def modules() -> list[str]:
     return [f"refmodels.ops.{family}" for family in families] + [f"refmodels.{model}" for model in MODELS]
 
 
+def table() -> list[Op[..., Any]]:
+    """Every op, in the order of the page; those that other packages define stand behind."""
+    places = {module: place for place, module in enumerate(modules())}
+    for module in places:
+        importlib.import_module(module)
+    return sorted(OPS.values(), key=lambda op: places.get(op.__module__, len(places)))
+
+
 def render() -> str:
     """The whole page."""
     parts = [HEADER]
-    for module in modules():
-        about = importlib.import_module(module).__doc__ or ""
-        entries = [op for op in OPS.values() if op.__module__ == module]
-        if entries:
+    for module, entries in groupby(table(), lambda op: op.__module__):
+        if module in modules():
+            about = importlib.import_module(module).__doc__ or ""
             parts.append(f"## {module.removeprefix('refmodels.')}\n\n{inspect.cleandoc(about).splitlines()[0]}\n")
             parts += [_entry(op) for op in entries]
     return "\n".join(parts)
@@ -69,8 +77,8 @@ def _facts(op: Op[..., Any]) -> Iterator[str]:
         yield f"- source: {op.source}"
 
 
-def signature(op: Op[..., Any]) -> str:
-    """`linear(x: float[*b k], kernel: float[k n]) -> float[*b n]`, over several lines where one is too short."""
+def signature(op: Op[..., Any], width: int | None = 110) -> str:
+    """`linear(x: float[*b k], kernel: float[k n]) -> float[*b n]`, over several lines where one of this width is too short."""
     parameters: list[str] = []
     for parameter in op.signature.parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in parameters:
@@ -79,9 +87,24 @@ def signature(op: Op[..., Any]) -> str:
         parameters.append(f"{parameter.name}: {_annotation(parameter.annotation)}{default}")
     result = _annotation(op.result)
     line = f"{op.name}({', '.join(parameters)}) -> {result}"
-    if len(line) <= 110:
+    if width is None or len(line) <= width:
         return line
     return "\n".join([f"{op.name}(", *(f"    {parameter}," for parameter in parameters), f") -> {result}"])
+
+
+def shapes(op: Op[..., Any]) -> str:
+    """`x[*b k] kernel[k n] bias[n]? -> [*b n]`: arrays (`x[...]` is any) and trees (`p{}`) alone; `?` may be left out."""
+    parts: list[str] = []
+    for name, parameter in op.signature.parameters.items():
+        shape, may_miss = parameter.annotation, parameter.default is not inspect.Parameter.empty
+        if isinstance(shape, Shape):
+            parts.append(f"{name}{shape}{'?' * (may_miss or shape.optional)}")
+        elif "Array" in _annotation(shape):
+            parts.append(f"{name}[...]{'?' * may_miss}")
+        elif "Params" in _annotation(shape):
+            parts.append(f"{name}{{}}{'?' * may_miss}")
+    result = str(op.result) if isinstance(op.result, Shape) else _annotation(op.result)
+    return " ".join([*parts, "->", result])
 
 
 def _annotation(annotation: Any) -> str:

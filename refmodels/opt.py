@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-from refmodels.backbone import Backbone, Generator, check_config, check_heads, check_length
+from refmodels.arguments import check_config, check_heads, check_length
+from refmodels.backbone import Backbone, Generator
+from refmodels.causal_lm import CausalLM
 from refmodels.op import Array, Bool, Float, Int, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
@@ -22,7 +24,6 @@ from refmodels.ops.position import token_positions
 from refmodels.ops.precision import compute_dtype
 from refmodels.parameters import Parameter, ParameterTable, numbered, truncated_normal
 from refmodels.preprocessors import OPTCausalLMPreprocessor
-from refmodels.task import CausalLM
 
 EPSILON = 1e-5  # OPT-C4: not a constructor argument
 

@@ -6,7 +6,7 @@ KerasHub weight file and in a Hugging Face checkpoint, and how the original draw
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,19 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(child, f"{prefix}{index}.")
     else:
         yield prefix[:-1], tree
+
+
+def check_leaves(leaves: Mapping[str, Any], parameters: Iterable[Parameter], owner: str) -> None:
+    """ValueError unless these leaves, by path, are one for each parameter, of its shape, and those of adapters (`lora_...`)."""
+    known = {parameter.path: parameter.shape for parameter in parameters}
+    for path, shape in known.items():
+        if path not in leaves:
+            raise ValueError(f"{owner} params: {path} is missing, wanted {shape}")
+        if np.shape(leaves[path]) != shape:
+            raise ValueError(f"{owner} params: {path} has shape {np.shape(leaves[path])}, wanted {shape}")
+    for path in leaves:
+        if path not in known and not path.rpartition(".")[2].startswith("lora_"):
+            raise ValueError(f"{owner} params: {path[:300]} is no parameter of this model")
 
 
 def draw(parameters: Iterable[Parameter], *, seed: int, dtype: str) -> Params:

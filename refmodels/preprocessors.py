@@ -6,17 +6,18 @@ gives arrays of shape (length,), a list of texts (batch, length).
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from refmodels.files import keras_object, write_json
+from refmodels.arguments import is_integer
+from refmodels.files import keras_object, keras_policy, write_json
 from refmodels.op import Array
 from refmodels.tokenizers import MAX_SEQUENCE_LENGTH, Tokenizer
 
-logger = logging.getLogger("refmodels")
+LOG = logging.getLogger("refmodels")
 
 TextOrTexts = Any  # str | list[str] | tuple[str, ...]
 
@@ -41,6 +42,8 @@ class Preprocessor(ABC):
             raise TypeError(f"{type(self).__name__} is a base class: use a model's, or from_preset")
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"{type(self).__name__} takes a tokenizer, got {type(tokenizer).__name__}")
+        if tokenizer.family != self.family:
+            raise TypeError(f"{type(self).__name__} takes a tokenizer of {self.family}, got {type(tokenizer).__name__}")
         self.tokenizer = tokenizer
         self.name = name or f"{self.family}_{self.kind}".replace("seq_2_seq", "seq2_seq")
 
@@ -66,8 +69,8 @@ class Preprocessor(ABC):
 
     def get_config(self) -> dict[str, Any]:
         """What KerasHub keeps under "config" in preprocessor.json; the constructor's arguments are among it."""
-        policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}, "registered_name": None}
-        config = {"name": self.name, "trainable": True, "dtype": policy, "tokenizer": self.tokenizer.keras_object()}
+        tokenizer = self.tokenizer.keras_object()
+        config = {"name": self.name, "trainable": True, "dtype": keras_policy("float32"), "tokenizer": tokenizer}
         return config | {"config_file": "preprocessor.json"} | {name: getattr(self, name) for name in self.settings}
 
     def keras_object(self) -> dict[str, Any]:
@@ -81,15 +84,17 @@ class Preprocessor(ABC):
         if room < 0:
             raise ValueError(f"a sequence length of {length} has no room for a start and an end token")
         head, tail = [] if start is None else [start], [] if end is None else [end]
-        single = isinstance(texts, str)
-        rows = [head + tokens[:room] + tail for tokens in self.tokenizer.tokenize([texts] if single else list(texts))]
+        several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes)
+        rows = [head + tokens[:room] + tail for tokens in self.tokenizer.tokenize(list(texts) if several else [texts])]
         mask = np.arange(length) < np.array([len(row) for row in rows], int).reshape(-1, 1)
         ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int32)
         ids[mask] = [token for row in rows for token in row]
-        return (ids[0], mask[0]) if single else (ids, mask)
+        return (ids, mask) if several else (ids[0], mask[0])
 
-    def _text(self, token_ids: Any, padding_mask: Any) -> Any:
-        """The text of ids (length,) or the texts of (batch, length), without padding and special tokens."""
+    def _text(self, x: Mapping[str, Any], *names: str) -> Any:
+        """The text of ids (length,) or the texts of (batch, length), without padding and special tokens: the two entries of
+        these names."""
+        token_ids, padding_mask = _entries(x, *names)
         ids, mask = np.asarray(token_ids), np.asarray(padding_mask).astype(bool)
         if ids.shape != mask.shape or ids.ndim not in (1, 2):
             raise ValueError(f"token ids have shape {ids.shape} and their mask {mask.shape}, wanted (batch, length) twice")
@@ -148,7 +153,7 @@ class CausalLMPreprocessor(Preprocessor):
 
     def generate_postprocess(self, x: Mapping[str, Any]) -> Any:
         """The text of `token_ids` where `padding_mask` is set: a str, or a list of them for two axes."""
-        return self._text(x["token_ids"], x["padding_mask"])
+        return self._text(x, "token_ids", "padding_mask")
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids that `generate` goes on from, for each text, neither padded nor cut."""
@@ -303,14 +308,14 @@ class T5Seq2SeqLMPreprocessor(Seq2SeqLMPreprocessor):
 
     def generate_postprocess(self, x: Mapping[str, Any]) -> Any:
         """The text of `decoder_token_ids` where `decoder_padding_mask` is set: a str, or a list of them for two axes."""
-        return self._text(x["decoder_token_ids"], x["decoder_padding_mask"])
+        return self._text(x, "decoder_token_ids", "decoder_padding_mask")
 
     def encoder_rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids that the encoder reads, for each text, cut to `encoder_sequence_length` but not padded."""
         room, rows = self.encoder_sequence_length - 1, self.tokenizer.tokenize(list(texts))
         if (longest := max(map(len, rows), default=0)) > room:
             limit = self.encoder_sequence_length
-            logger.warning("the encoder reads the first %d of %d tokens: encoder_sequence_length is %d", room, longest, limit)
+            LOG.warning("the encoder reads the first %d of %d tokens: encoder_sequence_length is %d", room, longest, limit)
         return [[*tokens[:room], self.tokenizer.end_token_id] for tokens in rows]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -334,12 +339,18 @@ PREPROCESSORS: tuple[type[Preprocessor], ...] = (
 """Every class that a file may name."""
 
 
+def _entries(x: Any, *names: str) -> list[Any]:
+    """What a dictionary has under these names; TypeError without one of them."""
+    if not isinstance(x, Mapping) or not set(names) <= x.keys():
+        found = ", ".join(map(str, x)) if isinstance(x, Mapping) else type(x).__name__
+        wanted = " and ".join(f'"{name}"' for name in names)
+        raise TypeError(f"x must be a dictionary with {wanted}, got {found}")
+    return [x[name] for name in names]
+
+
 def _pair(x: Any) -> tuple[TextOrTexts, TextOrTexts]:
     """The two texts of a dictionary; both single or as many of the one as of the other."""
-    if not isinstance(x, Mapping) or not {"encoder_text", "decoder_text"} <= x.keys():
-        found = ", ".join(map(str, x)) if isinstance(x, Mapping) else type(x).__name__
-        raise TypeError(f'x must be a dictionary with "encoder_text" and "decoder_text", got {found}')
-    source, target = x["encoder_text"], x["decoder_text"]
+    source, target = _entries(x, "encoder_text", "decoder_text")
     counts = [None if isinstance(texts, str) else len(texts) for texts in (source, target)]
     if counts[0] != counts[1]:
         shown = ["one text" if count is None else f"a list of {count}" for count in counts]
@@ -357,7 +368,7 @@ def _arrays(ids: Array, mask: Array, new: Array, real: Array) -> dict[str, Array
 
 
 def _length(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= MAX_SEQUENCE_LENGTH:
+    if not (is_integer(value) and 1 <= value <= MAX_SEQUENCE_LENGTH):
         raise ValueError(f"{name} must be an integer from 1 to {MAX_SEQUENCE_LENGTH}, got {value!r:.80}")
     return int(value)
 

@@ -154,9 +154,22 @@ def _unknown(name: str) -> str:
 
 
 def construct(model: type[Backbone], arguments: dict[str, Any], kwargs: dict[str, Any], source: str) -> Backbone:
-    """A backbone of this class; `arguments` come from the file `source`, `kwargs` from the caller."""
+    """A backbone of this class; `arguments` come from the file `source`, `kwargs` from the caller.
+
+    CheckpointError names the file if it is wrong; else, if the caller's arguments are, the constructor's own error.
+    """
     given = {name: value for name, value in kwargs.items() if name != "dtype" or value is not None}
     try:
         return model(**(arguments | given))
     except ValueError as error:
+        if given and _holds(model, arguments):
+            raise
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _holds(model: type[Backbone], arguments: dict[str, Any]) -> bool:
+    try:
+        model(**arguments)
+    except ValueError:
+        return False
+    return True

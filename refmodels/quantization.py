@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from refmodels.arguments import is_integer
 from refmodels.op import Array, Params
 from refmodels.ops.quantize import dequantized_groups, pack_int4, quantize_rows, quantized_groups, row_scale
 from refmodels.parameters import ZEROS, Parameter, grown
@@ -46,8 +47,7 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"quantisation mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        whole = isinstance(self.block_size, int) and not isinstance(self.block_size, bool) and self.block_size > 0
-        if self.mode == "int4" and not whole:
+        if self.mode == "int4" and not (is_integer(self.block_size) and self.block_size > 0):
             raise ValueError(f"block_size of int4 must be a positive integer, got {self.block_size!r}")
         if self.mode == "int8" and self.block_size is not None:
             raise ValueError(f"int8 has no block_size, got {self.block_size!r}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar
 
+from refmodels.files import keras_object
 from refmodels.generate import CHOOSING, Sampling
 
 
@@ -124,9 +125,7 @@ def get(identifier: Any) -> Sampler | None:
 
 def serialize(sampler: Sampler) -> dict[str, Any]:
     """KerasHub's form of a sampler: its class and its arguments."""
-    name = type(sampler).__name__
-    module = "keras_hub.samplers"
-    return {"module": module, "class_name": name, "config": sampler.get_config(), "registered_name": f"keras_hub>{name}"}
+    return keras_object("keras_hub.samplers", type(sampler).__name__, sampler.get_config())
 
 
 def deserialize(config: Mapping[str, Any]) -> Sampler:

@@ -21,10 +21,10 @@ import numpy as np
 
 from refmodels import lora
 from refmodels.backbone import Backbone
-from refmodels.files import write_json
+from refmodels.files import naming, write_json
 from refmodels.op import Array
-from refmodels.ops.precision import narrow, numpy_dtype
-from refmodels.parameters import Parameter, flatten
+from refmodels.ops.precision import FLOATS, narrow, numpy_dtype
+from refmodels.parameters import Parameter, check_leaves, flatten
 from refmodels.task import Task
 from refmodels.tokenizer_files import save_hugging_face
 from refmodels.weights import huggingface, keras_config, keras_h5, safetensors
@@ -34,10 +34,8 @@ LOG = logging.getLogger("refmodels")
 
 GIB = 2**30
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
 Progress = Callable[[int, int], None]
-"""Called after every tensor with the bytes that are written and those that will be."""
+"""Called before the first tensor and after every one, with the bytes that are written and those that will be."""
 
 
 def save_to_preset(model: Backbone | Task, directory: str | Path, max_shard_size: float = 10) -> None:
@@ -154,6 +152,7 @@ def reporting(progress: Progress, tensors: Iterable[Tensor]) -> Callable[[Tensor
         done += tensor.nbytes
         progress(done, total)
 
+    progress(0, total)
     return written
 
 
@@ -167,12 +166,9 @@ def leaves(backbone: Backbone) -> Iterator[tuple[Parameter, Array]]:
     """What is saved of a backbone: every parameter with its values, in the order of the table, adapters merged. ValueError for
     a tree that does not fit the table."""
     values = dict(flatten(lora.merged(backbone.params)))
+    check_leaves(values, backbone.parameters(), type(backbone).__name__)
     for parameter in backbone.parameters():
-        found = values.get(parameter.path)
-        if found is None or np.shape(found) != parameter.shape:
-            state = "is missing" if found is None else f"has shape {np.shape(found)}"
-            raise ValueError(f"{type(backbone).__name__} params: {parameter.path} {state}, wanted {parameter.shape}")
-        yield parameter, np.asarray(found)
+        yield parameter, np.asarray(values[parameter.path])
 
 
 def shard_bytes(gibibytes: float) -> int:
@@ -204,16 +200,14 @@ def staged(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     A directory with files in it keeps them, weights and those of the same name excepted; with `replace` it goes as a whole.
     """
-    target = Path(directory).resolve()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{directory} is there and is no directory")
+    target = checked_target(directory)
     new_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target)
-    place = staging_parent(target) / f".{target.name}.partial-{os.getpid()}-{time.time_ns():x}"
+    place = staging_parent(target) / f"{partial_prefix(target)}{os.getpid()}-{time.time_ns():x}"
     place.mkdir()
     try:
-        with locked(place):
+        with naming(directory), locked(place):
             yield place
             if place.parent == target:
                 _merge(place, target, keep=not replace)
@@ -230,15 +224,27 @@ def staged(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def checked_target(directory: str | Path) -> Path:
+    """The directory that is to be written, links followed. ValueError for an empty name, which would be the one we are in;
+    FileExistsError if something is in the way."""
+    if not os.fspath(directory):
+        raise ValueError("the directory to write to is '', wanted a name")
+    target = Path(directory).resolve()
+    obstacle = next((place for place in (target, *target.parents) if place.exists()), target)
+    if obstacle.exists() and not obstacle.is_dir():
+        raise FileExistsError(f"{directory if obstacle == target else obstacle} is there and is no directory")
+    return target
+
+
 def _replace(place: Path, target: Path) -> None:
     old = place.with_name(f"{place.name}-old")
-    target.replace(old)
     try:
+        target.replace(old)
         place.replace(target)
-    except OSError:
-        old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:  # also after an interrupt
+        if not target.exists():
+            old.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _merge(place: Path, target: Path, *, keep: bool = True) -> None:
@@ -255,14 +261,20 @@ def _merge(place: Path, target: Path, *, keep: bool = True) -> None:
 
 
 def staging_parent(target: Path) -> Path:
-    """Where the hidden directory goes: beside the target, or into it if it is a mount or nothing may be written beside it."""
-    inside = target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK))
-    return target if inside else target.parent
+    """Where the hidden directory goes: beside the target, or into one that cannot be replaced: a mount, the directory that we
+    are in, one beside which nothing may be written."""
+    fixed = target.is_dir() and (target.is_mount() or target == Path.cwd() or not os.access(target.parent, os.W_OK))
+    return target if fixed else target.parent
+
+
+def partial_prefix(target: Path) -> str:
+    """What the names of the hidden directories for this target begin with."""
+    return f".{target.name}.partial-"
 
 
 def remove_abandoned(target: Path) -> None:
     """Remove what processes that were killed left beside `target`. One that still runs holds a lock on its directory."""
-    for place in staging_parent(target).glob(f".{glob.escape(target.name)}.partial-*"):
+    for place in staging_parent(target).glob(f"{glob.escape(partial_prefix(target))}*"):
         with suppress(OSError), locked(place):
             if place.name.endswith("-old") and not target.exists():
                 place.replace(target)

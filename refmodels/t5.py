@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from refmodels.backbone import Backbone, Generator, check_config, check_heads
+from refmodels.arguments import check_config, check_heads
+from refmodels.backbone import Backbone, Generator
 from refmodels.op import Array, Bool, Float, Int, Op, Params, op
 from refmodels.ops.attention import attention
 from refmodels.ops.cache import cache_append, key_value_cache
@@ -22,7 +23,7 @@ from refmodels.ops.position import relative_position_bias, relative_position_buc
 from refmodels.ops.precision import compute_dtype
 from refmodels.parameters import ONES, Parameter, ParameterTable, normal, numbered
 from refmodels.preprocessors import T5Seq2SeqLMPreprocessor
-from refmodels.task import Seq2SeqLM
+from refmodels.seq_2_seq_lm import Seq2SeqLM
 
 NUM_BUCKETS = 32  # T5-C3: neither this nor the largest distance, 128, is a constructor argument
 

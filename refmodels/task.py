@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from refmodels.backbone import Backbone, check_batches, is_integer
+from refmodels.arguments import is_integer
+from refmodels.backbone import Backbone
 from refmodels.files import keras_object
 from refmodels.generate import (
     Answer,
@@ -27,7 +28,7 @@ from refmodels.generate import (
 from refmodels.op import Array, Params
 from refmodels.preprocessors import CausalLMPreprocessor, T5Seq2SeqLMPreprocessor
 from refmodels.samplers import Sampler, chosen_settings, get
-from refmodels.scoring import Score, score_tokens
+from refmodels.scoring import Score
 from refmodels.tokenizers import Tokenizer
 
 DEFAULT_MAX_LENGTH = 1024
@@ -114,7 +115,7 @@ class Task(ABC):
         return None if self.preprocessor is None else self.preprocessor.tokenizer
 
     @classmethod
-    def from_preset(cls, preset: Any, load_weights: bool = True, **kwargs: Any) -> Self:
+    def from_preset(cls, preset: str | Path, load_weights: bool = True, **kwargs: Any) -> Self:
         """The backbone and the preprocessor of a preset. `preprocessor=` replaces the latter, other `kwargs` go to the former.
 
         On `CausalLM`, `Seq2SeqLM` or `Task` itself the class comes from the preset.
@@ -131,17 +132,21 @@ class Task(ABC):
         config = {"backbone": dict(backbone), "preprocessor": preprocessor, "name": name.replace("seq_2_seq", "seq2_seq")}
         return keras_object(f"keras_hub.src.models.{self.backbone.family}.{name}", type(self).__name__, config)
 
-    def save_to_preset(self, directory: str | Path, max_shard_size: float = 10) -> None:
+    def save_to_preset(self, preset_dir: str | Path, max_shard_size: float = 10) -> None:
         """Write backbone and preprocessor as KerasHub's files; see `refmodels.saving.save_to_preset`."""
         from refmodels.saving import save_to_preset
 
-        save_to_preset(self, directory, max_shard_size)
+        save_to_preset(self, preset_dir, max_shard_size)
 
     def save_to_hf(self, directory: str | Path, max_shard_size: float = 5, dtype: str | None = None) -> None:
         """Write backbone and tokenizer as Transformers' files; see `refmodels.saving.save_to_hf`."""
         from refmodels.saving import save_to_hf
 
         save_to_hf(self, directory, max_shard_size, dtype)
+
+    def quantize(self, mode: str, *, block_size: int | None = None, weight_only: bool | None = None) -> None:
+        """Turn the backbone's matrices into integers: see `Backbone.quantize`."""
+        self.backbone.quantize(mode, block_size=block_size, weight_only=weight_only)
 
     def compile(
         self,
@@ -267,7 +272,7 @@ class Task(ABC):
 
     def _answers(self, batch: Batch, rows: list[Sampling], request: Request, inputs: list[int]) -> list[Answer]:
         """One answer to each row, token by token; `inputs` are the numbers by which the constraint knows the rows."""
-        texts = [self.stop_text(request) for _ in rows] if request.stops else None
+        texts = [self.stop_text(request) for _ in rows] if request.stop_texts else None
         new: list[list[int]] = [[] for _ in rows]
         for tokens in self.steps(batch, rows, request, texts, inputs):
             for ids, token in zip(new, tokens, strict=True):
@@ -279,7 +284,7 @@ class Task(ABC):
         self, batch: Batch, rows: list[Sampling], request: Request, texts: list[StopText] | None, inputs: list[int]
     ) -> Iterator[list[int | None]]:
         """The next token of every row, again and again; a contrastive search has one row."""
-        decoder, cache, stop = self.decoder(batch), self.new_cache(batch), request.stop
+        decoder, cache, stop = self.decoder(batch), self.new_cache(batch), request.stop_ids
         restrict = Restriction(decoder, request.constraint, inputs=inputs, prompts_known=batch.tokens_known)
         if rows[0].kind != "contrastive":
             yield from decode(decoder, cache, batch.prompts, batch.limits, stop, rows, texts=texts, restrict=restrict)
@@ -302,9 +307,9 @@ class Task(ABC):
             self.new_cache(batch),
             batch.prompts[0],
             batch.limits[0],
-            request.stop,
+            request.stop_ids,
             row,
-            ended=ended if request.stops else None,
+            ended=ended if request.stop_texts else None,
             restrict=restrict,
         )
         if len(beams) < wanted:
@@ -313,7 +318,7 @@ class Task(ABC):
 
     def _cut(self, tokens: list[int], request: Request) -> str | None:
         """The text of new tokens up to a stop string; None without one."""
-        if not request.stops:
+        if not request.stop_texts:
             return None
         text = self.stop_text(request)
         for token in tokens:
@@ -323,7 +328,7 @@ class Task(ABC):
 
     def stop_text(self, request: Request) -> StopText:
         """A new row's text, cut at the request's stop strings."""
-        return StopText(self._need_tokenizer("stop").stream_decoder(), request.stops)
+        return StopText(self._need_tokenizer("stop").stream_decoder(), request.stop_texts)
 
     def decoder(self, batch: Batch) -> Any:
         """What the loops of `refmodels.generate` run on."""
@@ -342,7 +347,7 @@ class Task(ABC):
         self, stop_token_ids: Any, stop: Any, sampling: dict[str, Any], answers: int | None, constraint: Constraint | None
     ) -> Request:
         """The arguments of `generate`, checked as far as they can be without the inputs."""
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        stops = tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop must be a string that is not empty, or several of them, got {stop!r}")
         if stops:
@@ -371,7 +376,8 @@ class Task(ABC):
         """A list of what to start from, an entry for each row, and whether the caller gave just one."""
         texts = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-            raise TypeError("inputs must be a string, a list of strings or a dictionary of token ids")
+            wanted = "a string, a list of strings or a dictionary of token ids"
+            raise TypeError(f"inputs must be {wanted}, got {inputs!r:.100}")
         return list(texts), isinstance(inputs, str)
 
     @abstractmethod
@@ -513,178 +519,3 @@ class TextStream(Iterator[str]):
         """The new text and the tokens of every answer that was asked for, at once."""
         (found,) = self._task.run(self._batch, self._request)
         return [(self._task.text([], answer), answer.tokens) for answer in found]
-
-
-class CausalLM(Task):
-    """A decoder with its head: text is continued."""
-
-    kind = "causal_lm"
-
-    def embed(self, inputs: Any) -> dict[str, Array]:
-        prompts = self._prompts(inputs)
-        ids, mask = padded(prompts, max(map(len, prompts)))
-        return {"embeddings": self.backbone.token_embedding(ids), "padding_mask": mask.astype(np.int64)}
-
-    def score(self, inputs: Any, targets: Any = None) -> Score:
-        """The log-probability of each token of a text but the first, given those before it; with `targets`, of their tokens
-        alone, which go on from the inputs.
-
-        inputs, targets  a string, a list of strings, or a dictionary of `token_ids` and `padding_mask` (b, t)
-
-        What is before a text is what `generate` puts there: behind a start token the first token of the text is scored, too.
-        No end token is added. What padding holds, and where it stands, is of no account.
-        """
-        rows = self._prompts(inputs)
-        given = [1] * len(rows)
-        if targets is not None:
-            more = self._target_tokens(targets, len(rows))
-            given = [max(1, len(row)) for row in rows]
-            rows = [row + new for row, new in zip(rows, more, strict=True)]
-        length = max(map(len, rows))
-        ids, mask = padded(rows, max(2, length))
-        hidden = self.backbone({"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]})
-        scored = mask & (np.arange(mask.shape[1]) >= np.array([[count] for count in given]))
-        return score_tokens(self.backbone, hidden, ids[:, 1:], scored[:, 1:])
-
-    def _prompts(self, inputs: Any) -> list[list[int]]:
-        """The tokens of each row to go on from."""
-        if not isinstance(inputs, Mapping):
-            texts, _ = self._texts(inputs)
-            self._need_tokenizer("text")
-            prompts: list[list[int]] = self.preprocessor.prompts(texts)
-            return prompts
-        self._refuse_vectors(inputs)
-        ids, mask = self._real_tokens(inputs)
-        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
-
-    def _batch_of_texts(self, texts: list[Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
-        self._need_tokenizer("text")
-        length = self._default_length(max_length, max_new_tokens)
-        return self._bounded(self.preprocessor.prompts(texts), length, max_length, max_new_tokens)
-
-    def _batch_of_ids(self, inputs: Mapping[str, Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
-        ids, mask = self._real_tokens(self._with_placeholders(inputs))
-        prompts = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
-        width = ids.shape[1] if max_new_tokens is None else ids.shape[1] + max_new_tokens
-        batch = self._bounded(prompts, width if max_length is None else max_length, max_length, max_new_tokens)
-        if inputs.get("embeddings") is None:
-            return batch
-        given = self.backbone.check_embeddings("embeddings", inputs["embeddings"], ids.shape)
-        vectors = np.zeros((len(ids), max(map(len, prompts)), given.shape[2]), given.dtype)
-        vectors[np.arange(vectors.shape[1]) < mask.sum(-1)[:, None]] = given[mask]
-        return replace(batch, embeddings=vectors, tokens_known=inputs.get("token_ids") is not None)
-
-    def _bounded(self, prompts: list[list[int]], length: int, asked: int | None, max_new_tokens: int | None) -> Batch:
-        """Limits within the model's table of positions; asking for more than it has is an error, not having asked is not."""
-        positions = getattr(self.backbone.config, "max_sequence_length", None)
-        if positions is not None and asked is not None and asked > positions:
-            raise ValueError(f"max_length {asked} is more than the model's max_sequence_length {positions}")
-        length = length if positions is None else min(length, positions)
-        return Batch(prompts, self._limits(prompts, length, max_new_tokens))
-
-    def _as_ids(self, batch: Batch, new: list[list[int]], strip_prompt: bool) -> dict[str, Array]:
-        ids, mask = self._padded(batch, new, strip_prompt or not batch.tokens_known)
-        return {"token_ids": ids, "padding_mask": mask}
-
-
-class Seq2SeqLM(Task):
-    """An encoder and a decoder with its head: text is answered. The decoder starts from the padding token."""
-
-    kind = "seq_2_seq_lm"
-
-    def embed(self, inputs: Any) -> dict[str, Array]:
-        ids, mask = self._encoder_arrays(inputs)
-        return {"encoder_embeddings": self.backbone.token_embedding(ids), "encoder_padding_mask": mask.astype(np.int64)}
-
-    def score(self, inputs: Any, targets: Any = None) -> Score:
-        """The log-probability of each token of the targets, given the inputs and the tokens before it.
-
-        inputs   a string, a list of strings, or a dictionary of `encoder_token_ids` and `encoder_padding_mask`
-        targets  the same, its dictionary of `token_ids` and `padding_mask`; left out, the inputs hold them as `decoder_text`
-                 or as `decoder_token_ids` (and `decoder_padding_mask`), whose first token is not scored
-
-        The decoder starts from the padding token. The end token is added to text, and is scored; ids are taken as they are.
-        What padding holds, and where it stands in the targets, is of no account.
-        """
-        ids, mask = self._encoder_arrays(inputs)
-        within = sorted({"decoder_text", "decoder_token_ids"} & inputs.keys()) if isinstance(inputs, Mapping) else []
-        if len(within) + (targets is not None) != 1:
-            found = "both" if within else "none of these"
-            raise ValueError(f"score needs targets, or decoder_text or decoder_token_ids among the inputs; there are {found}")
-        if within == ["decoder_token_ids"]:
-            rows = self._decoder_rows(inputs, ids)
-        else:
-            answers = [answer for _, answer in self._texts(inputs)[0]] if targets is None else targets
-            rows = [[self._start, *row] for row in self._target_tokens(answers, len(ids))]
-        new, real = padded(rows, max(2, *map(len, rows)))
-        outputs = self.backbone(
-            {
-                "encoder_token_ids": ids,
-                "encoder_padding_mask": mask,
-                "decoder_token_ids": new[:, :-1],
-                "decoder_padding_mask": real[:, :-1],
-            }
-        )
-        return score_tokens(self.backbone, outputs["decoder_sequence_output"], new[:, 1:], real[:, 1:])
-
-    @property
-    def _after_target(self) -> list[int]:
-        return [int(self.tokenizer.end_token_id)]
-
-    @property
-    def _start(self) -> int:
-        """The padding token, from which the decoder starts."""
-        return 0 if self.preprocessor is None else int(self.tokenizer.pad_token_id)
-
-    def _encoder_arrays(self, inputs: Any) -> tuple[Array, Array]:
-        """Ids and mask for the encoder, from text or a token dictionary."""
-        if isinstance(inputs, Mapping) and "encoder_text" not in inputs:
-            self._refuse_vectors(inputs, "encoder_")
-            return self._real_tokens(inputs, "encoder_")
-        texts, _ = self._texts(inputs)
-        self._need_tokenizer("text")
-        rows = self.preprocessor.encoder_rows([source for source, _ in texts])
-        return padded(rows, max(map(len, rows)), fill=self.tokenizer.pad_token_id)
-
-    def _decoder_rows(self, inputs: Mapping[str, Any], encoder_ids: Array) -> list[list[int]]:
-        ids, mask = self._real_tokens(inputs, "decoder_")
-        check_batches({"encoder_token_ids": encoder_ids, "decoder_token_ids": ids})
-        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
-
-    def _texts(self, inputs: Any) -> tuple[list[Any], bool]:
-        """Pairs: what the encoder reads, and what the decoder goes on from."""
-        if not isinstance(inputs, Mapping):
-            texts, single = super()._texts(inputs)
-            return [(text, "") for text in texts], single
-        sources, single = super()._texts(inputs["encoder_text"])
-        starts, alone = super()._texts(inputs.get("decoder_text", "" if single else [""] * len(sources)))
-        if (single, len(sources)) != (alone, len(starts)):
-            raise ValueError(f"encoder_text holds {len(sources)} texts and decoder_text {len(starts)}, wanted as many")
-        if surplus := sorted(inputs.keys() - {"encoder_text", "decoder_text"}):
-            raise ValueError(f"inputs with encoder_text take decoder_text and nothing else, got {surplus[0]!r}")
-        return list(zip(sources, starts, strict=True)), single
-
-    def _batch_of_texts(self, texts: list[Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
-        self._need_tokenizer("text")
-        rows = self.preprocessor.encoder_rows([source for source, _ in texts])
-        ids, mask = padded(rows, max(map(len, rows)), fill=self.tokenizer.pad_token_id)
-        prompts = self.preprocessor.prompts([start for _, start in texts])
-        limits = self._limits(prompts, self._default_length(max_length, max_new_tokens), max_new_tokens)
-        return Batch(prompts, limits, ids, mask)
-
-    def _batch_of_ids(self, inputs: Mapping[str, Any], max_length: int | None, max_new_tokens: int | None) -> Batch:
-        encoder_ids, encoder_mask = self._real_tokens(self._with_placeholders(inputs, "encoder_"), "encoder_")
-        if "decoder_token_ids" in inputs:
-            prompts = self._decoder_rows(inputs, encoder_ids)
-            width = np.shape(inputs["decoder_token_ids"])[1] + (max_new_tokens or 0)
-        else:
-            prompts, width = [[self._start]] * len(encoder_ids), self._default_length(max_length, max_new_tokens)
-        limits = self._limits(prompts, width if max_length is None else max_length, max_new_tokens)
-        vectors = inputs.get("encoder_embeddings")
-        if vectors is not None:
-            vectors = self.backbone.check_embeddings("encoder_embeddings", vectors, encoder_ids.shape)
-        return Batch(prompts, limits, encoder_ids, encoder_mask, vectors)
-
-    def _as_ids(self, batch: Batch, new: list[list[int]], strip_prompt: bool) -> dict[str, Array]:
-        ids, mask = self._padded(batch, new, strip_prompt)
-        return {"decoder_token_ids": ids, "decoder_padding_mask": mask}

@@ -1,11 +1,18 @@
 """Tokenizers from files: KerasHub's preset directories and Hugging Face's model directories."""
 
+import base64
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
 from refmodels.files import CheckpointError, inside, read_json, write_bytes
 from refmodels.tokenizers import FAMILIES, T5Tokenizer, Tokenizer, argument_names, checked_vocabulary, quoted
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds a tokenizer of either form."""
+    return any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "spiece.model"))
 
 
 def load_tokenizer(directory: str | Path, family: str | None = None, **options: Any) -> Tokenizer:
@@ -14,6 +21,7 @@ def load_tokenizer(directory: str | Path, family: str | None = None, **options: 
     Args:
         directory: path. KerasHub's has tokenizer.json with a "class_name" and assets/tokenizer/; Hugging Face's has
             spiece.model (T5), or tokenizer.json with a "model", or vocab.json and merges.txt (OPT, BLOOM).
+            config.json may say "mt5", which has T5's tokenizer.
         family: "t5", "opt" or "bloom"; by default what tokenizer.json or config.json says.
         options: arguments of the tokenizer that replace those in the files.
 
@@ -64,11 +72,13 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
     config = _optional_json(root, "config.json")
     # "opt" in Hugging Face's config.json, "keras_hub>OPTBackbone" in KerasHub's
     name = str(config.get("model_type") or config.get("registered_name") or "nothing")
-    stated = name.split(">")[-1].removesuffix("Backbone").lower()
+    stated = {"mt5": "t5"}.get(name, name.split(">")[-1].removesuffix("Backbone").lower())
     if (family or stated) not in FAMILIES or (family and stated in FAMILIES and stated != family):
         wanted = repr(family) if family else f"{quoted(FAMILIES)}: pass family="
         raise CheckpointError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
     family = family or stated
+    if family == "t5" and "model" in data and not (root / "spiece.model").exists():  # as Transformers 5 saves it
+        return _load_unigram(root / "tokenizer.json", data, options)
     if family == "t5":
         proto = inside(root, "spiece.model")
         if "extra_ids" not in options:
@@ -93,6 +103,90 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
         return found(vocabulary, model["merges"], **options)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _load_unigram(file: Path, data: dict[str, Any], options: dict[str, Any]) -> Tokenizer:
+    try:
+        proto, extra_ids = sentencepiece_model(data, str(file))
+        return T5Tokenizer(proto, **({"extra_ids": extra_ids} | options))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+_NORMALIZERS = {"Precompiled", "Strip", "Replace"}
+_PRE_TOKENIZERS = {"WhitespaceSplit", "Metaspace"}
+"""The steps of a tokenizer.json that do together what sentencepiece always does: one space between words, one in front."""
+
+
+def sentencepiece_model(data: dict[str, Any], source: str) -> tuple[bytes, int]:
+    """The sentencepiece model that the Unigram model of a tokenizer.json was made from, and how many <extra_id_n> follow it.
+
+    CheckpointError, naming the file `source`, for a step or a token that sentencepiece does not have.
+    """
+    model, added = data["model"], data.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) and model.get("type") == "Unigram" else None
+    if not isinstance(vocabulary, list) or not all(_is_entry(entry) for entry in vocabulary):
+        raise CheckpointError(f'{source} must hold a Unigram "model" with "vocab" as a list of [piece, score] for T5Tokenizer')
+    if not isinstance(added, list) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added):
+        raise CheckpointError(f'{source} must hold "added_tokens" as a list of objects with "content" and "id"')
+    normalizers, others = _steps(data, "normalizer", "normalizers"), _steps(data, "pre_tokenizer", "pretokenizers")
+    for step, known in [*((s, _NORMALIZERS) for s in normalizers), *((s, _PRE_TOKENIZERS) for s in others)]:
+        kind = step.get("type") if isinstance(step, dict) else None
+        if not isinstance(kind, str) or kind not in known:
+            raise CheckpointError(
+                f"{source}: step {str(kind)[:100]!r} is none of {quoted(sorted(known))}: put spiece.model beside"
+            )
+    special = {token["content"] for token in added if token.get("special") is True}
+    ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} | {token["content"]: token.get("id") for token in added}
+    extra = sorted((name for name in ids if re.fullmatch(r"<extra_id_[0-9]{1,4}>", name)), key=lambda name: int(name[10:-1]))
+    own = [entry for entry in vocabulary if entry[0] not in extra]
+    wanted = {piece: i for i, (piece, _) in enumerate(own)}
+    wanted |= {f"<extra_id_{n}>": len(own) + len(extra) - 1 - n for n in range(len(extra))}
+    if wrong := sorted(name for name, i in ids.items() if wanted.get(name) != i):
+        raise CheckpointError(
+            f"{source}: token {wrong[0][:100]!r} has id {str(ids[wrong[0]])[:100]}, wanted {wanted.get(wrong[0])}"
+        )
+    unknown, bytewise = model.get("unk_id"), model.get("byte_fallback") is True
+    if type(unknown) is not int or not 0 <= unknown < len(own):
+        raise CheckpointError(f'{source} must hold "unk_id" as an id of its "vocab", found {str(unknown)[:100]}')
+    charsmap = [step.get("precompiled_charsmap") for step in normalizers if step["type"] == "Precompiled"]
+    try:
+        rules = b"".join(base64.b64decode(text, validate=True) for text in charsmap)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'{source}: "precompiled_charsmap" is not base64') from error
+    pieces = []
+    for i, (piece, score) in enumerate(own):
+        byte = bytewise and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        kind = 2 if i == unknown else 3 if piece in special else 6 if byte else 1  # unknown, control, byte, normal
+        pieces.append(protobuf(1, protobuf(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + protobuf(3, kind)))
+    trainer = protobuf(35, int(bytewise)) + protobuf(40, unknown)
+    return b"".join([*pieces, protobuf(2, trainer), protobuf(3, protobuf(2, rules))]), len(extra)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is a piece and its score."""
+    sound = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) in (int, float)
+    return sound and abs(entry[1]) < 1e9
+
+
+def _steps(data: dict[str, Any], kind: str, several: str) -> list[Any]:
+    """The steps of this kind in a tokenizer.json, one after the other."""
+    found = data.get(kind)
+    listed = found.get(several) if isinstance(found, dict) and found.get("type") == "Sequence" else found
+    return listed if isinstance(listed, list) else [] if listed is None else [listed]
+
+
+def protobuf(number: int, value: int | bytes) -> bytes:
+    """One field of a protobuf message: an integer from 0 on, or bytes with their length."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def save_hugging_face(tokenizer: Tokenizer, directory: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 
-from refmodels.files import keras_object, parse_json, read_bytes, write_bytes, write_json
+from refmodels.arguments import is_integer
+from refmodels.files import keras_object, keras_policy, parse_json, read_bytes, write_bytes, write_json
 
 MAX_SEQUENCE_LENGTH = 10_000_000
 """Every result is padded to the sequence length: a larger one is a corrupt file."""
@@ -45,7 +46,7 @@ class Tokenizer:
         if unknown:
             known = quoted(argument_names(type(self)))
             raise TypeError(f"{type(self).__name__} has no argument {quoted(unknown)}; it takes {known}")
-        if sequence_length is not None and not (_is_int(sequence_length) and 1 <= sequence_length <= MAX_SEQUENCE_LENGTH):
+        if sequence_length is not None and not (is_integer(sequence_length) and 1 <= sequence_length <= MAX_SEQUENCE_LENGTH):
             wanted = f"None or a positive integer up to {MAX_SEQUENCE_LENGTH}"
             raise ValueError(f"sequence_length must be {wanted}, not {sequence_length!r:.80}")
         if dtype not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
@@ -155,8 +156,7 @@ class Tokenizer:
 
     def get_config(self) -> dict[str, Any]:
         """What KerasHub keeps under "config" in tokenizer.json."""
-        policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": self.dtype}}
-        config = {"name": self.name, "trainable": True, "dtype": policy | {"registered_name": None}}
+        config = {"name": self.name, "trainable": True, "dtype": keras_policy(self.dtype)}
         return config | {"config_file": "tokenizer.json", "sequence_length": self.sequence_length}
 
     def keras_object(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class T5Tokenizer(Tokenizer):
         **unknown: Any,
     ) -> None:
         super().__init__(sequence_length, dtype, name, unknown)
-        if not _is_int(extra_ids) or not 0 <= extra_ids <= 10_000:
+        if not is_integer(extra_ids) or not 0 <= extra_ids <= 10_000:
             raise ValueError(f"extra_ids must be an integer from 0 to 10000, not {extra_ids!r}")
         try:
             from sentencepiece import SentencePieceProcessor
@@ -484,7 +484,7 @@ def checked_vocabulary(table: Any, source: str) -> dict[str, int]:
     _check(isinstance(table, dict), f"{source} must hold a dict of str to int, found {type(table).__name__}")
     owners: dict[int, str] = {}
     for token, i in table.items():
-        if not isinstance(token, str) or not _is_int(i) or not 0 <= i < 2**31:
+        if not isinstance(token, str) or not is_integer(i) or not 0 <= i < 2**31:
             raise ValueError(f"{source} must give every token an integer id from 0 on, found {token!r}: {i!r}")
         if i in owners:
             raise ValueError(f"{source} must give every token its own id, found {i} for {owners[i]!r} and {token!r}")
@@ -544,12 +544,8 @@ def _check(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _check_id(id: Any) -> int:
-    if not _is_int(id) or id < 0:
+    if not is_integer(id) or id < 0:
         raise ValueError(f"a token id must be an integer from 0 on, not {id!r}")
     return int(id)
 

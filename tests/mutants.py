@@ -16,7 +16,21 @@ from typing import Any
 
 import pytest
 
-from refmodels import Accelerator, bloom, generate, lora, opt, preprocessors, quantization, t5, task, use
+from refmodels import (
+    Accelerator,
+    bloom,
+    causal_lm,
+    generate,
+    lora,
+    lora_files,
+    opt,
+    preprocessors,
+    quantization,
+    seq_2_seq_lm,
+    t5,
+    task,
+    use,
+)
 from refmodels.backbone import Backbone
 from refmodels.ops import attention, cache, dense, elementwise, heads, linear, mask, norm, position, quantize, sampling
 from refmodels.ops.precision import compute_dtype
@@ -1304,21 +1318,21 @@ mutate(
     areas="score",
 )
 mutate_function(
-    task.CausalLM.score,
+    causal_lm.CausalLM.score,
     "scores one off",
     "a token is scored by the logits of the position that has read it",
     (" ids[:, 1:]", " ids[:, :-1]"),
     areas="score",
 )
 mutate_function(
-    task.Seq2SeqLM.score,
+    seq_2_seq_lm.Seq2SeqLM.score,
     "scores of the decoder one off",
     "a token is scored by the logits of the position that has read it",
     (" new[:, 1:]", " new[:, :-1]"),
     areas="score",
 )
 mutate_function(
-    task.CausalLM.score,
+    causal_lm.CausalLM.score,
     "the inputs are scored with the targets",
     "log p(inputs, targets) in place of log p(targets | inputs)",
     ("given = [max(1, len(row)) for row in rows]", "pass"),
@@ -1430,7 +1444,7 @@ mutate_function(
     areas="peft_pattern",
 )
 mutate_function(
-    lora._parts,
+    lora_files._parts,
     "one b for the fused module",
     "each of BLOOM's three kernels takes the first rows of B",
     ("huggingface.convert(whole.b, kernel)", "whole.b[: kernel.shape[1]].T"),

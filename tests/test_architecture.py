@@ -26,37 +26,50 @@ ARROWS = {
     "ops": {"ops", "op", "numerics"},
     "accelerator": {"op"},
     "parameters": {"op", "ops"},
-    "quantization": {"op", "ops", "parameters"},
-    "generate": {"backbone", "op", "ops"},
-    "samplers": {"generate"},
-    "backbone": {"accelerator", "op", "ops", "parameters", "quantization"},
-    "task": {"backbone", "files", "generate", "op", "preprocessors", "samplers", "scoring", "tokenizers"},
-    **{model: {"ops", "op", "parameters", "backbone", "preprocessors", "task"} for model in MODELS},
+    "arguments": {"ops"},
+    "quantization": {"arguments", "op", "ops", "parameters"},
+    "generate": {"arguments", "op", "ops"},
+    "samplers": {"files", "generate"},
+    "backbone": {"accelerator", "arguments", "op", "ops", "parameters", "quantization"},
+    "task": {"arguments", "backbone", "files", "generate", "op", "preprocessors", "samplers", "scoring", "tokenizers"},
+    "causal_lm": {"generate", "op", "scoring", "task"},
+    "seq_2_seq_lm": {"backbone", "generate", "op", "scoring", "task"},
+    **{
+        model: {"ops", "op", "arguments", "parameters", "backbone", "preprocessors", task}
+        for model, task in (("t5", "seq_2_seq_lm"), ("opt", "causal_lm"), ("bloom", "causal_lm"))
+    },
     "weights": {"weights", "files", "op", "ops", "parameters"},
-    "tokenizers": {"files"},
+    "tokenizers": {"arguments", "files"},
     "tokenizer_files": {"files", "tokenizers"},
-    "preprocessors": {"files", "op", "tokenizers"},
+    "preprocessors": {"arguments", "files", "op", "tokenizers"},
     "preprocessor_files": {"files", "preprocessors"},
     "scoring": {"backbone", "op", "ops"},
-    "lora": {"backbone", "files", "op", "ops", "parameters", "weights"},
+    "lora": {"arguments", "backbone", "op", "ops", "parameters"},
+    "lora_files": {"backbone", "files", "lora", "op", "parameters", "weights"},
     "presets": {"backbone", "files", "hub", "task", "weights", *MODELS},
     "hub": {"files", "weights"},
     "saving": {"backbone", "files", "lora", "op", "ops", "parameters", "task", "tokenizer_files", "weights"},
     "convert": {"backbone", "loading", "ops", "presets", "saving", "task"},
     "loading": {
-        "backbone", "files", "op", "ops", "parameters", "preprocessor_files", "preprocessors", "presets",
+        "arguments", "backbone", "files", "op", "ops", "parameters", "preprocessor_files", "preprocessors", "presets",
         "quantization", "task", "tokenizer_files", "tokenizers", "weights",
     },
     "trace": {"op", "numerics", "files"},
     "compare": {"op", "numerics", "files", "trace"},
     "conformance": {"op", "numerics", "accelerator"},
-    "opdoc": {"op", "ops", "numerics"},
+    "opdoc": {"op", "ops"},
+    "printing": set(),
+    "coverage": {"accelerator", "op", "opdoc"},
     "cli": EVERYTHING,
+    "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
-    "__init__": {"accelerator", "backbone", "op", "preprocessors", "samplers", "task", "tokenizers", *MODELS},
+    "__init__": {
+        "accelerator", "backbone", "causal_lm", "files", "op", "preprocessors", "samplers", "seq_2_seq_lm", "task",
+        "tokenizers", *MODELS,
+    },
 }  # fmt: skip
 LATE = {
-    "backbone": {"loading", "lora", "presets", "saving"},
+    "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "task": {"loading", "saving"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
@@ -106,16 +119,22 @@ def imports(name, source):
                 yield str(node.args[0].value), set(), inside
 
 
+def units_of(target, names):
+    """The units of refmodels that an import of `names` from `target` reaches."""
+    _, *rest = target.split(".")
+    return {rest[0]} if rest else {n for n in names if n in ARROWS} or {"__init__"}
+
+
 def import_violations(name, source):
     unit = name.split(".")[0]
     if unit not in ARROWS:
         return [f"{name} is not in the table of arrows: say what it may import"]
     found = []
     for target, names, late in imports(name, source):
-        top, *rest = target.split(".")
+        top, *_ = target.split(".")
         if top == "refmodels":
             allowed = ARROWS[unit] if not late or ARROWS[unit] is EVERYTHING else ARROWS[unit] | LATE.get(unit, set())
-            units = {rest[0]} if rest else {n for n in names if n in ARROWS} or {"__init__"}
+            units = units_of(target, names)
             found += [f"{name} imports refmodels.{u}" for u in units if allowed is not EVERYTHING and u not in allowed]
         elif top == "numpy":
             found += [f"{name} imports numpy"] if unit in MODELS else []
@@ -134,6 +153,31 @@ def test_every_import_is_an_arrow_of_the_table(name, source):
     assert import_violations(name, source) == []
 
 
+def unused_arrows(sources):
+    """The entries of both tables that no module needs: they would let in what nobody meant to allow."""
+    used = {False: {}, True: {}}
+    for name, source in sources:
+        for target, names, late in imports(name, source):
+            if target.split(".")[0] == "refmodels":
+                used[late].setdefault(name.split(".")[0], set()).update(units_of(target, names))
+    there = {name.split(".")[0] for name, _ in sources}
+    return [
+        f"{unit} -> {allowed}"
+        for late, table in ((False, ARROWS), (True, LATE))
+        for unit in sorted(there & table.keys())
+        for allowed in sorted((table[unit] or set()) - used[late].get(unit, set()))
+    ]
+
+
+def test_every_arrow_of_the_table_is_used():
+    assert unused_arrows(list(modules())) == []
+
+
+def test_an_unused_arrow_is_found():
+    assert unused_arrows([("samplers", "import math")]) == ["samplers -> files", "samplers -> generate"]
+    assert unused_arrows([("hub", "import refmodels.files\ndef f():\n    import refmodels.weights")]) == ["hub -> weights"]
+
+
 BAD_IMPORTS = [
     ("t5", "import numpy as np"),
     ("opt", "from numpy import exp"),
@@ -148,6 +192,7 @@ BAD_IMPORTS = [
     ("opt", "from refmodels.weights import keras_h5"),
     ("opt", "def f():\n    from refmodels.presets import load"),
     ("t5", "from refmodels.tokenizers import Tokenizer"),
+    ("t5", "from refmodels.causal_lm import CausalLM"),
     ("ops.linear", "from refmodels.t5 import T5Config"),
     ("ops.linear", "from ..opt import OPTConfig"),
     ("ops.linear", "from refmodels.backbone import Backbone"),
@@ -179,6 +224,7 @@ BAD_IMPORTS = [
     ("trace", "from refmodels.t5 import T5Backbone"),
     ("compare", "from refmodels.backbone import Backbone"),
     ("generate", "from refmodels.task import Task"),
+    ("generate", "from refmodels.backbone import Backbone"),
     ("backbone", "from refmodels.presets import load_backbone"),
     ("weights.tensor", "from refmodels.t5 import t5_parameters"),
     ("something_new", "import math"),

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from refmodels import Backbone, BloomBackbone, OPTBackbone, T5Backbone
+from refmodels import Backbone, BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
 from refmodels.ops.precision import POLICIES, numpy_dtype
-from refmodels.parameters import flatten
+from refmodels.parameters import flatten, grown
 
 BACKBONES = {"opt": OPTBackbone, "bloom": BloomBackbone, "t5": T5Backbone}
 SIZES = {"vocabulary_size": 13, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 12}
@@ -214,6 +214,20 @@ def test_an_unknown_input_is_ignored_with_a_warning(family):
     assert_equal(outputs(family, got), want)
 
 
+@families
+def test_the_warning_of_an_unknown_input_shows_the_line_of_the_caller(family):
+    model = model_of(family)
+    tasks = {"t5": T5Seq2SeqLM, "opt": OPTCausalLM, "bloom": BloomCausalLM}
+    task, inputs = tasks[family](model), {**both(family, token_ids=IDS), "segment_ids": IDS}
+    calls = [model, task.score]
+    if family != "t5":
+        calls.append(lambda inputs: task.generate(inputs, stop_token_ids=None, max_new_tokens=1))
+    for call in calls:
+        with pytest.warns(UserWarning, match="segment_ids") as caught:
+            call(inputs)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
 @families
 def test_an_empty_batch_gives_an_empty_output(family, shape):
@@ -312,6 +326,7 @@ def test_defaults_are_those_of_keras_hub(family):
             {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "mixed_float16"}, "registered_name": None},
             "mixed_float16",
         ),
+        ({"module": "keras", "class_name": "FloatDTypePolicy", "config": {"name": "bfloat16"}}, "bfloat16"),
     ],
     ids=str,
 )
@@ -528,3 +543,18 @@ def test_training_needs_a_generator_only_where_something_is_dropped(family):
     assert_equal(outputs(family, dropping(inputs)), outputs(family, still(inputs, training=True)))
     trained = outputs(family, dropping(inputs, training=True, rng=np.random.default_rng(0)))
     assert all((one != two).any() for one, two in zip(trained, outputs(family, still(inputs)), strict=True))
+
+
+@families
+def test_a_tree_that_does_not_fit_is_refused_and_changes_nothing(family):
+    model = model_of(family)
+    before, leaves = model.params, dict(flatten(model.params))
+    name = next(path for path in leaves if path.endswith("layers.1.self_attention.query.kernel"))
+    for change, message in (
+        ({name: leaves[name][:, :-1]}, rf"params: {name} has shape \(8, \d\), wanted \(8, \d\)"),
+        ({name: None}, rf"params: {name} is missing, wanted \(8, \d\)"),
+        ({"token_embedding.scale": np.ones(1)}, "params: token_embedding.scale is no parameter of this model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.params = grown((path, leaf) for path, leaf in {**leaves, **change}.items() if leaf is not None)
+        assert model.params is before

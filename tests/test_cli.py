@@ -379,6 +379,16 @@ def test_a_failure_while_running(run, monkeypatch, error, wanted):
     assert err == f"refmodels: error: {wanted}\n"
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed(closed):
+    for arguments, status in ((["presets"], 0), (["info", "nothing"], 2)):
+        command = [sys.executable, "-m", "refmodels", *arguments]
+        done = subprocess.run(command, preexec_fn=lambda: os.close(closed), capture_output=True, text=True)
+        assert done.returncode == status
+        assert bool(done.stdout) == (closed != 1 and status == 0)
+        assert bool(done.stderr) == (closed != 2 and status == 2)
+
+
 def test_an_interrupt_is_silent(run, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -420,7 +430,7 @@ def test_score_as_json(run, preset):
 def test_score_says_what_is_wrong(run):
     status, out, err = run("score", "t5_tiny_numbers", "spell: 7")
     assert (status, out) == (2, "")
-    assert err.startswith("refmodels: error: score needs targets")
+    assert err == "refmodels: error: T5 answers a text: TARGET, the answer to score, is missing\n"
     assert run("score", "TINY", PROMPT, "--dtype", "float8")[0] == 2
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refmodels import Backbone, OPTBackbone
-from refmodels.cli import main
+from refmodels.cli import Stopper, main
 from refmodels.convert import convert, stored_policy
 from refmodels.parameters import flatten
 from refmodels.task import Task
@@ -69,8 +69,9 @@ def test_progress_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert run("opt_tiny_stdlib", tmp_path / "keras", "--to", "keras") == 0
     lines = capsys.readouterr().err.split("\r")
-    assert len(lines) == 69
-    assert lines[-1] == "3.0 MB of 3.0 MB written\n"
+    assert len(lines) == 70
+    assert lines[1] == "     0 B of 3.0 MB written"
+    assert lines[-1] == "  3.0 MB of 3.0 MB written\n"
 
 
 # -- the type of the weights ----------------------------------------------------------------------------------------------
@@ -145,7 +146,18 @@ def test_a_target_with_files_in_it(tmp_path, capsys):
     assert names(tmp_path) == ["target"]
     (tmp_path / "file").write_text("mine")
     capsys.readouterr()
-    assert refused(capsys, "opt_tiny_stdlib", tmp_path / "file", "--to", "hf", "--force").endswith("is no directory")
+    for target in (tmp_path / "file", tmp_path / "file" / "inside" / "it"):
+        message = refused(capsys, "opt_tiny_stdlib", target, "--to", "hf", "--force")
+        assert message == f"{tmp_path / 'file'} is there and is no directory"
+
+
+def test_an_empty_name_is_not_the_directory_we_are_in(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    assert refused(capsys, "t5_tiny_numbers", "", "--to", "hf", "--force") == "the directory to write to is '', wanted a name"
+    with pytest.raises(ValueError, match="wanted a name"):
+        OPTBackbone(**SIZES).save_to_preset("")
+    assert names(tmp_path) == ["mine.txt"]
 
 
 def test_source_and_target_lie_apart(tmp_path, capsys):
@@ -207,7 +219,8 @@ write = keras_h5.write_tensors
 def slow(directory, tensors, limit, written):
     def wait(tensor):
         print("writing", flush=True)
-        time.sleep(60)
+        time.sleep(0.5)
+        written(tensor)
     write(directory, tensors, limit, wait)
 keras_h5.write_tensors = slow
 from refmodels.cli import main
@@ -225,7 +238,7 @@ def interrupted(target, number, *options):
     return process.returncode
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_leaves_nothing(tmp_path, number, status):
     assert interrupted(tmp_path / "target", number) == status
     assert names(tmp_path) == []
@@ -236,6 +249,52 @@ def test_an_interrupt_leaves_nothing(tmp_path, number, status):
     assert names(tmp_path / "target") == ["mine.txt"]
 
 
+IN_A_CALLBACK = """
+import os, signal, sys, weakref
+from refmodels.weights import keras_h5
+write = keras_h5.write_tensors
+class Thing: pass
+def interrupted(directory, tensors, limit, written):
+    def during(tensor):
+        thing = Thing()
+        there = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        del thing  # what is raised in this callback is printed, and lost
+        print("wrote", flush=True)
+        written(tensor)
+    write(directory, tensors, limit, during)
+keras_h5.write_tensors = interrupted
+from refmodels.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_is_not_lost_in_a_callback(tmp_path):
+    command = [sys.executable, "-c", IN_A_CALLBACK, "convert", "opt_tiny_stdlib", str(tmp_path / "target"), "--to", "keras"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "wrote\n")
+    assert names(tmp_path) == []
+
+
+def test_a_second_interrupt_is_obeyed_at_once():
+    stopper = Stopper()
+    with stopper.listening():
+        stopper.between_tensors(True)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper().listening():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_a_killed_run_leaves_the_next_one_removes(tmp_path):
     assert interrupted(tmp_path / "target", signal.SIGKILL) == -signal.SIGKILL
     (left,) = names(tmp_path)
@@ -244,14 +303,37 @@ def test_what_a_killed_run_leaves_the_next_one_removes(tmp_path):
     assert names(tmp_path) == ["target"]
 
 
+def test_what_a_run_for_the_working_directory_leaves_is_not_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert interrupted(".", signal.SIGKILL) == -signal.SIGKILL
+    assert len(names(tmp_path)) == 1
+    assert run("opt_tiny_stdlib", ".", "--to", "hf") == 0
+    assert "config.json" in names(tmp_path)
+    assert not any("partial" in name for name in names(tmp_path))
+
+
+def test_a_target_that_comes_while_it_is_written_is_not_replaced(tmp_path):
+    target = tmp_path / "target"
+
+    def progress(done, total):
+        target.mkdir(exist_ok=True)
+        (target / "mine.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="--force replaces it"):
+        convert("opt_tiny_stdlib", target, "hf", progress=progress)
+    assert names(tmp_path) == ["target"]
+    assert names(target) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("limit", [100_000, 300_000, 403_000])  # where HDF5 finds it out at the end, it ends the process
 @pytest.mark.parametrize("form", ["keras", "hf"])
-def test_a_disk_that_fills_up(tmp_path, form):
+def test_a_disk_that_fills_up(tmp_path, form, limit):
     """A limit on the size of files stands for it: the system refuses a write in the middle of the weights."""
 
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, "-m", "refmodels", "convert", "opt_tiny_stdlib", str(tmp_path / "target"), "--to", form]
+    command = [sys.executable, "-m", "refmodels", "convert", "t5_tiny_numbers", str(tmp_path / "target"), "--to", form]
     done = subprocess.run(
         command, preexec_fn=limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     )
@@ -260,4 +342,5 @@ def test_a_disk_that_fills_up(tmp_path, form):
     (line,) = done.stderr.splitlines()
     assert line.startswith("refmodels: error: ")
     assert "File too large" in line
+    assert str(tmp_path / "target") in line or f"{tmp_path}/.target.partial-" in line
     assert names(tmp_path) == []

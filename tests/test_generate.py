@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
+from refmodels.causal_lm import CausalLM
 from refmodels.generate import Sampling, beam_search
-from refmodels.task import CausalLM, Seq2SeqLM, Task
+from refmodels.seq_2_seq_lm import Seq2SeqLM
+from refmodels.task import Task
 
 SIZES = {"vocabulary_size": 23, "num_layers": 2, "num_heads": 3, "hidden_dim": 12, "intermediate_dim": 20, "seed": 3}
 PROMPTS = [[5, 9, 2, 14, 7], [11], [3, 3, 8]]
@@ -247,6 +249,7 @@ def test_seeds():
         ({"num_return_sequences": 4, "num_beams": 3}, "num_return_sequences 4 is more than num_beams 3"),
         ({"stop": ""}, "stop must be a string that is not empty"),
         ({"stop": ["a", 3]}, "stop must be a string that is not empty"),
+        ({"stop": 5}, "stop must be a string that is not empty, or several of them, got 5"),
         ({"stop": "a"}, "stop needs a tokenizer"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),

@@ -2,6 +2,8 @@
 
 import sys
 import threading
+import time
+from collections import Counter
 from contextlib import nullcontext
 
 import ml_dtypes  # noqa: F401 -- registers bfloat16
@@ -12,14 +14,15 @@ from refmodels.accelerator import Accelerator, AcceleratorError, find, installed
 from refmodels.numerics import calibrated, exact
 from refmodels.op import OPS, Array, Bool, Float, Int, Op, Shape, ShapeError, executing, op, watching
 from refmodels.ops.attention import attention, attention_scores, masked_softmax
-from refmodels.ops.cache import cache_append
+from refmodels.ops.cache import cache_allocate, cache_append
 from refmodels.ops.elementwise import add, multiply, relu
 from refmodels.ops.heads import split_heads
 from refmodels.ops.linear import embedding, last_rows, linear
 from refmodels.ops.mask import causal_mask, key_mask
 from refmodels.ops.norm import layer_norm
 from refmodels.ops.position import token_positions
-from refmodels.opt import OPTBackbone
+from refmodels.ops.sampling import likeliest_tokens
+from refmodels.opt import OPTBackbone, OPTCausalLM
 
 ONE, TWO = np.ones((2, 3)), np.full((2, 3), 2.0)
 
@@ -381,6 +384,70 @@ def test_when_may_decline(half):
     assert half.pick(relu, (np.ones((2, 4)),), {}) is None
 
 
+def test_a_kernel_that_is_declined_beforehand(half):
+    half.kernel(relu, when="no such unit")(lambda x: "never")
+    half.kernel(relu, when=False)(lambda x: "nor this")
+    with use(half):
+        np.testing.assert_array_equal(relu(-ONE), 0 * ONE)
+    assert half.reasons(relu, (ONE,), {}) == ["no such unit", "not on this machine"]
+    half.kernel(relu, when=True)(lambda x: "always")
+    with use(half):
+        assert relu(ONE) == "always"
+    assert [entry.when for entry in half.kernels(relu)] == ["no such unit", "not on this machine", None]
+
+
+def test_reasons_are_those_of_the_kernels_asked_before_one_accepts(half):
+    def few(x):
+        return len(x) < 2
+
+    half.kernel(relu, when=few)(lambda x: "few")
+    half.kernel(relu, when=lambda x: True if len(x) < 4 else f"{len(x)} rows")(lambda x: "some")
+    half.kernel(relu, when="never asked before the others")(lambda x: "none")
+    assert half.reasons(relu, (ONE[:1],), {}) == []
+    assert half.reasons(relu, (), {"x": ONE}) == ["<lambda> declines"]
+    assert half.reasons(relu, (np.ones((5, 2)),), {}) == ["<lambda> declines", "5 rows", "never asked before the others"]
+    assert half.reasons(layer_norm, (), {}) == []
+
+
+def test_when_gives_a_truth_or_a_reason(half):
+    """NumPy's truth, too; None is what a function gives that forgot to say."""
+    half.kernel(relu, when=lambda x: (x > 0).all())(lambda x: "positive")
+    with use(half):
+        assert relu(ONE) == "positive"
+        np.testing.assert_array_equal(relu(-ONE), 0 * ONE)
+    half.kernel(relu, when=lambda x: None)(lambda x: x)
+    with use(half), pytest.raises(AcceleratorError, match="half: when= of relu gave None, wanted True, False or a reason"):
+        relu(-ONE)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        lambda x: True,
+        lambda x, kernel, bias, *, dtype: True,
+        lambda x, kernel, *bias, dtype=None: True,
+        lambda a, b, bias=None, *, dtype=None: True,
+        lambda x, kernel, bias=None: True,
+        lambda *args: True,
+        lambda **kwargs: True,
+    ],
+)
+def test_when_must_take_every_call_of_its_op(when):
+    """By name and by place, with and without what may be left out: found when it is registered, not in the middle of a run."""
+    accelerator = Accelerator("mine")
+    with pytest.raises(AcceleratorError, match=r"mine: when= of linear must take its \(x, kernel, bias=, \*dtype=\): "):
+        accelerator.kernel(linear, when=when)(lambda x, kernel, bias=None, *, dtype=None: x)
+    assert accelerator.kernels(linear) == ()
+
+
+@pytest.mark.parametrize("when", [lambda x, *_, **__: True, lambda *_, **__: True, lambda x, kernel, bias=0, *, dtype=0: True])
+def test_when_may_take_more(when):
+    accelerator = Accelerator("mine")
+    accelerator.kernel(linear, when=when)(lambda x, kernel, bias=None, *, dtype=None: "kernel")
+    with use(accelerator):
+        assert linear(ONE, kernel=ONE, dtype="float32") == "kernel"
+
+
 def test_a_declined_kernel_still_meets_the_shape_check(half):
     with use(half), pytest.raises(ShapeError, match="linear: kernel"):
         linear(ONE, np.ones((4, 4)))
@@ -426,6 +493,107 @@ def test_strict_refuses_to_cross(doubled_then_added):
             doubled_then_added(Foreign(ONE), TWO)
         np.testing.assert_array_equal(add(ONE, TWO), 3 * ONE)
     assert device.crossings == {}
+
+
+def test_strict_says_why_the_kernels_declined():
+    device = Device("device", strict=True)
+    device.kernel(relu, when="no such unit")(lambda x: x)
+    device.kernel(relu, when=lambda x: "only for one row")(lambda x: x)
+    with use(device), pytest.raises(AcceleratorError, match=r"relu here \(no such unit; only for one row\), and strict"):
+        relu(Foreign(ONE))
+
+
+def test_every_part_of_a_result_comes_back_over_the_bridge():
+    device = Device("device")
+    with use(device):
+        found = likeliest_tokens(Foreign(np.array([[1.0, 3.0, 2.0]])), 2)
+    assert isinstance(found, tuple)
+    assert [type(part) for part in found] == [Foreign, Foreign]
+    assert found[1].values.tolist() == [[1, 2]]
+    assert device.crossings == {"likeliest_tokens": 1}
+
+
+def test_crossings_are_counted_from_every_thread():
+
+    class Slow(Counter):
+        def __getitem__(self, name):
+            count = super().__getitem__(name)
+            time.sleep(1e-5)  # another thread's turn
+            return count
+
+    device, x = Device("device"), Foreign(ONE)
+    device.crossings = Slow()
+
+    def worker():
+        with use(device):
+            for _ in range(30):
+                relu(x)
+
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dict(device.crossings.items()) == {"relu": 120}
+
+
+def test_private_entries_and_leaves_of_another_kind():
+    """What `load` may add and replace: every dictionary that ops take whole, and every leaf."""
+
+    class Packed(Foreign):
+        pass
+
+    class Packing(Device):
+        def load(self, params):
+            if isinstance(params, list):
+                return [self.load(part) for part in params]
+            if not isinstance(params, dict):
+                return Packed(params)
+            leaves = {"kernel", "gamma"} & params.keys()
+            private = {} if leaves or "embeddings" in params else {"_packed": object()}
+            return {name: self.load(part) for name, part in params.items()} | private
+
+        def foreign(self, value):
+            return isinstance(value, Foreign)
+
+    packing, arguments = (
+        Packing("packing"),
+        {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "seed": 1},
+    )
+    accelerated, plain = OPTBackbone(9, **arguments, accelerator=packing), OPTBackbone(9, **arguments)
+    np.testing.assert_array_equal(accelerated({"token_ids": [[1, 2, 3]]}), plain({"token_ids": [[1, 2, 3]]}))
+    assert isinstance(accelerated.device_params["layers"][0]["self_attention"]["query"]["kernel"], Packed)
+    assert "_packed" in accelerated.device_params["layers"][0]["self_attention"]
+    assert "_packed" not in plain.params["layers"][0]["self_attention"]
+    assert packing.crossings["linear"] == 6
+
+
+def test_a_cache_of_another_kind():
+    """A device's own allocation and writing; the rest may cross."""
+    device = Device("device")
+
+    @device.kernel(cache_allocate)
+    def allocate(shape, dtype):
+        return Foreign(cache_allocate.reference(shape, dtype))
+
+    @device.kernel(cache_append)
+    def append(cache, new, start=None):
+        return Foreign(cache_append.reference(cache.values, device.asnumpy(new), None if start is None else start.values))
+
+    arguments = {"num_layers": 2, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4, "seed": 1}
+    accelerated, plain = (OPTCausalLM(OPTBackbone(9, **arguments, accelerator=which)) for which in (device, None))
+    for settings in ({}, {"num_beams": 2}):
+        wanted = plain.generate({"token_ids": [[1, 2, 3]]}, max_new_tokens=5, stop_token_ids=None, **settings)
+        got = accelerated.generate({"token_ids": [[1, 2, 3]]}, max_new_tokens=5, stop_token_ids=None, **settings)
+        np.testing.assert_array_equal(got["token_ids"], wanted["token_ids"])
+    assert device.crossings["cache_select"] > 0
+
+
+def test_a_kernel_may_go_back_to_the_body(half, doubled_then_added):
+    """`op.reference`; the ops in it are dispatched as always."""
+    half.kernel(doubled_then_added)(lambda x, y: doubled_then_added.reference(x, y) + 1)
+    with use(half):
+        np.testing.assert_array_equal(doubled_then_added(ONE, TWO), 2.5 * ONE)
 
 
 def test_an_op_that_writes_does_not_cross():
@@ -482,23 +650,6 @@ def test_find_takes_names_objects_and_none(half):
         OPTBackbone(9, 1, 1, 4, 4, accelerator="nonesuch")
 
 
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """A plug-in as pip would have installed it: a module, and its entry points."""
-
-    def install(source, entries):
-        (tmp_path / "plugged_in.py").write_text(source)
-        info = tmp_path / "plugged_in-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged-in\nVersion: 1.0\n")
-        lines = "".join(f"{name} = plugged_in:{attribute}\n" for name, attribute in entries.items())
-        (info / "entry_points.txt").write_text(f"[refmodels.accelerators]\n{lines}")
-        monkeypatch.syspath_prepend(str(tmp_path))
-
-    yield install
-    sys.modules.pop("plugged_in", None)
-
-
 PLUGIN = """
 from refmodels import Accelerator
 from refmodels.ops.elementwise import add
@@ -537,6 +688,29 @@ def test_a_plugin_that_cannot_be_imported_says_why(plugin):
     plugin("import a_package_that_is_not_there", {"broken": "here"})
     with pytest.raises(AcceleratorError, match=r"'broken' cannot be imported: No module named 'a_package_that_is_not_there'"):
         find("broken")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('driver\\nmismatch')", "RuntimeError: driver mismatch"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("", "AttributeError: module 'plugged_in' has no attribute 'here'"),
+        ("here = ", "SyntaxError: invalid syntax"),
+        ("raise ImportError", "ImportError"),
+    ],
+)
+def test_whatever_a_plugin_raises_is_said_of_it(plugin, source, said):
+    plugin(source, {"broken": "here"})
+    with pytest.raises(AcceleratorError, match=f"^accelerator 'broken' cannot be imported: {said}") as caught:
+        find("broken")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plugin_that_cannot_say_whether_it_can_run(plugin):
+    plugin(PLUGIN.replace('return "no such', 'raise OSError("no such').replace('machine"', 'machine")'), {"absent": "absent"})
+    with pytest.raises(AcceleratorError, match="'absent' cannot say whether it can run here: OSError: no such device"):
+        find("absent")
 
 
 def test_an_entry_point_to_something_else_is_refused(plugin):

@@ -148,6 +148,13 @@ def test_bad_arguments():
         t5({"encoder_text": ["1", "2"], "decoder_text": "3"})
     with pytest.raises(ValueError, match="wanted \\(batch, length\\) twice"):
         t5.generate_postprocess({"decoder_token_ids": [[1, 2]], "decoder_padding_mask": [[1]]})
+    with pytest.raises(TypeError, match='x must be a dictionary with "decoder_token_ids" and "decoder_padding_mask", got dec'):
+        t5.generate_postprocess({"decoder_token_ids": [[1, 2]]})
+    with pytest.raises(TypeError, match="OPTCausalLMPreprocessor takes a tokenizer of opt, got T5Tokenizer"):
+        OPTCausalLMPreprocessor(TOKENIZERS["t5"])
+    for text in (5, None, b"text", [5]):
+        with pytest.raises(TypeError, match="tokenize needs a str or a list of str"):
+            OPTCausalLMPreprocessor(TOKENIZERS["opt"])(text)
     with pytest.raises(ValueError, match="sequence_length must be an integer from 1"):
         t5.sequence_length = 0
 

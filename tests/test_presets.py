@@ -15,12 +15,14 @@ import pytest
 from refmodels import loading, presets
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone
+from refmodels.causal_lm import CausalLM
+from refmodels.files import CheckpointError
 from refmodels.loading import load_backbone, preset_directory
 from refmodels.opt import OPTBackbone, OPTCausalLM
 from refmodels.parameters import flatten
 from refmodels.presets import locate, preset_info, preset_names
 from refmodels.t5 import T5Backbone, T5Seq2SeqLM
-from refmodels.task import CausalLM, Task
+from refmodels.task import Task
 from refmodels.tokenizers import OPTTokenizer, T5Tokenizer
 
 h5py = pytest.importorskip("h5py")
@@ -273,7 +275,7 @@ def test_arguments_override_the_config():
     with pytest.raises(TypeError, match="foo"):
         load_backbone(Backbone, GOLDENS / "keras_hub_0.32/opt", foo=1)
     refused(GOLDENS / "keras_hub_0.32/opt", "(97, 32), wanted (98, 32)", vocabulary_size=98)
-    refused(GOLDENS / "keras_hub_0.32/opt", "config.json", "dropout", "-1", dropout=-1)
+    refused(GOLDENS / "keras_hub_0.32/opt", "dropout", "-1", dropout=-1)
 
 
 def test_extra_keys_and_build_config_are_ignored(copy):
@@ -547,6 +549,15 @@ def test_config_file_that_is_wrong(copy, content, words):
     directory = copy("keras_hub_0.17/opt")
     (directory / "config.json").write_bytes(content)
     refused(directory, str(directory / "config.json"), *words)
+
+
+def test_the_error_of_an_argument_does_not_blame_the_file(copy):
+    directory = copy("hf/opt")
+    for arguments in ({"seed": -1}, {"dtype": "int3"}, {"num_heads": 0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))) as caught:
+            load_backbone(Backbone, directory, **arguments)
+        assert not isinstance(caught.value, CheckpointError)
+        assert "config.json" not in str(caught.value)
 
 
 def test_missing_files(copy):

@@ -17,7 +17,7 @@ import pytest
 from loopback import Loopback
 from safetensors.numpy import load_file
 
-from refmodels import Backbone, BloomBackbone, OPTBackbone, OPTCausalLM, T5Backbone, cli, watching
+from refmodels import Backbone, BloomBackbone, OPTBackbone, OPTCausalLM, T5Backbone, backbone, cli, watching
 from refmodels.files import CheckpointError
 from refmodels.numerics import calibrated, compare
 from refmodels.op import OPS
@@ -293,8 +293,10 @@ def test_generation_runs_on_integers():
     model = OPTCausalLM(build("opt", "int8"), None)
     plain = OPTCausalLM(build("opt"), None)
     prompt = {"token_ids": IDS[:1, :3], "padding_mask": MASK[:1, :3]}
+    plain.quantize("int8")
     outputs = [task.generate(prompt, max_length=9, stop_token_ids=None)["token_ids"] for task in (model, plain)]
-    assert outputs[0].shape == outputs[1].shape == (1, 9)
+    assert outputs[0].shape == (1, 9)
+    np.testing.assert_array_equal(*outputs)
 
 
 # -- facts about single ops -------------------------------------------------------------------------------------------
@@ -333,6 +335,17 @@ def test_int4_by_hand():
     np.testing.assert_allclose(scale[:, 0], [0.1, 0.1], rtol=1e-6)
     assert zero[:, 0].tolist() == [-8, -3]
     assert values[:, 0].tolist() == [-8, 7, -8, 7]
+
+
+@pytest.mark.parametrize("block_size", [4, 5, 10**12])
+def test_a_block_longer_than_the_matrix_takes_no_memory(block_size):
+    """Its end is zeros, which count for min and max: 0.5 to 1.5 becomes 0 to 1.5."""
+    kernel = np.array([[0.5], [1.5], [0.5], [1.0]], np.float32)
+    values, scale, zero = quantized_groups(kernel, block_size)
+    low, wanted = (0.5, [-1, 7, -1, 7]) if block_size == 4 else (0.0, [-3, 7, -3, 2])
+    np.testing.assert_allclose(scale, [[(1.5 - low) / 15]], rtol=1e-6)
+    assert values[:, 0].tolist() == wanted
+    assert scale.shape == zero.shape == (1, 1)
 
 
 def test_the_even_number_is_in_the_low_bits():
@@ -568,6 +581,19 @@ def test_infinite_weights_are_refused_before_anything_changes():
         model.quantize("int8")
     assert model.params is before
     assert model.quantization is None
+
+
+@pytest.mark.parametrize("before", ["", "int8"])
+def test_what_is_interrupted_leaves_no_random_weights(before, monkeypatch):
+    model = build("opt", before) if before else build("opt")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backbone, "dequantized_tree" if before else "quantized_tree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.dequantize() if before else model.quantize("int8")
+    assert model.params == {}
 
 
 def test_weight_only_must_be_a_flag():

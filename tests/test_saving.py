@@ -1,5 +1,6 @@
 """What is saved is what was there, in the form that each side writes itself."""
 
+import errno
 import json
 import logging
 import subprocess
@@ -429,6 +430,52 @@ def test_a_directory_that_is_there(tmp_path, replace, mounted, monkeypatch):
     assert found.keys() - {"assets/old"} == (new | kept).keys() - {"assets/old"}
     assert {name: found[name] for name in new} == new
     assert ("assets/old" in found) == (not replace)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_directory_we_are_in_stays_the_same(tmp_path, replace, empty, monkeypatch):
+    """Were another put in its place, the shell or the notebook would be in one that is gone."""
+    target = tmp_path / "target"
+    target.mkdir()
+    if not empty:
+        (target / "config.json").write_text("old")
+    monkeypatch.chdir(target)
+    with pytest.raises(RuntimeError):
+        failing(Path(), RuntimeError, replace=replace)
+    with staged(Path(), replace=replace) as place:
+        (place / "config.json").write_text("new")
+    assert Path.cwd().samefile(target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"config.json": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_an_error_that_names_no_file(tmp_path):
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        failing(tmp_path / "target", OSError(errno.ENOSPC, "No space left on device"))
+    assert caught.value.filename == str(tmp_path / "target")
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_replacement_that_fails_or_is_interrupted(tmp_path, monkeypatch, step, after, error):
+    target, rename, steps = tmp_path / "target", Path.replace, []
+    target.mkdir()
+    (target / "config.json").write_text("old")
+
+    def failing(path, other):
+        steps.append(path)
+        if len(steps) != step or after:
+            rename(path, other)
+        if len(steps) == step:
+            raise error
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(error), staged(target, replace=True) as place:
+        (place / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == ("new" if step == 2 and after else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 

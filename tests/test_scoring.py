@@ -278,7 +278,7 @@ def test_bad_arguments(numbers):
         task.score("hello")
     with pytest.raises(ValueError, match="there are 1 targets, wanted one for each of 3 inputs"):
         task.score(inputs, {"token_ids": [[1]]})
-    with pytest.raises(TypeError, match="inputs must be a string"):
+    with pytest.raises(TypeError, match="inputs must be a string, a list of strings or a dictionary of token ids, got 7"):
         task.score(7)
     with pytest.raises(ValueError, match=r"embeddings go into generate alone: pass text or token_ids"):
         task.score(inputs | {"embeddings": np.zeros((3, 5, 12), np.float32)})

@@ -61,6 +61,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Toke
         kinds = {"keras_hub": load_tokenizer(keras_hub_preset(root / family, family))}
         if family == "t5":
             kinds["hugging_face"] = load_tokenizer(hugging_face(root / "hf_t5", family))
+            kinds["unigram"] = load_tokenizer(hugging_face(root / "unigram_t5", family, "tokenizer.json"))
         else:
             kinds["hugging_face"] = load_tokenizer(hugging_face(root / f"hf_{family}", family, "tokenizer.json"))
             kinds["vocab_merges"] = load_tokenizer(hugging_face(root / f"vm_{family}", family, "vocab.json", "merges.txt"))
@@ -239,6 +240,62 @@ def test_t5_extra_ids(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(proto + filler)
     assert load_tokenizer(tmp_path).token_to_id("<extra_id_0>") == 32099
     assert load_tokenizer(tmp_path, extra_ids=0).vocabulary_size() == 32000
+
+
+def unigram(directory: Path, **changes: object) -> Path:
+    """A directory with the tokenizer.json that Transformers 5 writes for T5, and no spiece.model."""
+    hugging_face(directory, "t5", "tokenizer.json")
+    data = json.loads((directory / "tokenizer.json").read_text())
+    data["model"] |= {name: changes.pop(name) for name in ("vocab", "unk_id", "byte_fallback", "type") if name in changes}
+    (directory / "tokenizer.json").write_text(json.dumps(data | changes))
+    return directory
+
+
+def test_t5_from_tokenizer_json(tmp_path: Path) -> None:
+    whole = load_tokenizer(hugging_face(tmp_path / "whole", "t5"))
+    tokenizer = load_tokenizer(unigram(tmp_path / "json"))
+    assert isinstance(tokenizer, T5Tokenizer)
+    assert tokenizer.get_vocabulary() == whole.get_vocabulary()
+    assert tokenizer.special_token_ids == whole.special_token_ids
+    (tmp_path / "json" / "config.json").write_text('{"model_type": "mt5"}')
+    assert load_tokenizer(tmp_path / "json")("The fox") == whole("The fox")
+    vocabulary = json.loads((DATA / "t5/tokenizer.json").read_text())["model"]["vocab"]
+    extra = [[f"<extra_id_{n}>", 0.0] for n in (2, 1, 0)]
+    of_converter = {"type": "Sequence", "normalizers": [{"type": "Strip"}, {"type": "Replace"}]}  # as Transformers 4 writes it
+    metaspace = {"type": "Metaspace", "replacement": "\u2581"}
+    other = unigram(tmp_path / "extra", vocab=vocabulary + extra, normalizer=of_converter, pre_tokenizer=metaspace)
+    found = load_tokenizer(other)
+    assert found("a <extra_id_0> b") == [*whole("a"), 702, *whole("b")]
+    added = [{"content": piece, "id": 700 + i, "special": True} for i, (piece, _) in enumerate(extra)]
+    assert load_tokenizer(unigram(tmp_path / "added", added_tokens=added)).vocabulary_size() == 703
+    bytewise = [["<pad>", 0], ["</s>", 0], ["<unk>", 0], *([f"<0x{n:02X}>", 0] for n in range(256)), ["\u2581", -1.0]]
+    special = [{"content": piece, "id": i, "special": True} for i, (piece, _) in enumerate(bytewise[:3])]
+    changes = {"vocab": bytewise, "byte_fallback": True, "added_tokens": special, "normalizer": None}
+    assert load_tokenizer(unigram(tmp_path / "bytes", **changes))("\xe9") == [259, 3 + 0xC3, 3 + 0xA9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "BPE"}, 'tokenizer.json must hold a Unigram "model"'),
+        ({"vocab": [["a", True]]}, 'must hold a Unigram "model"'),
+        ({"vocab": [["a", 10**400]]}, 'must hold a Unigram "model"'),
+        ({"vocab": [["\ud800", 1.0], ["<unk>", 0]], "added_tokens": [], "unk_id": 1}, "tokenizer.json: .*surrogates"),
+        ({"unk_id": 10**400}, 'tokenizer.json must hold "unk_id" as an id of its "vocab"'),
+        ({"added_tokens": [7]}, 'must hold "added_tokens" as a list'),
+        ({"added_tokens": [{"content": "<mine>", "id": 700}]}, "tokenizer.json: token '<mine>' has id 700, wanted None"),
+        ({"added_tokens": [{"content": "<extra_id_1>", "id": 700}]}, "token '<extra_id_1>' has id 700, wanted None"),
+        ({"normalizer": {"type": "Lowercase"}}, "tokenizer.json: step 'Lowercase' is none of 'Precompiled'"),
+        ({"pre_tokenizer": [{"type": "ByteLevel"}]}, "step 'ByteLevel' is none of 'Metaspace'"),
+        ({"normalizer": {"type": ["Strip"]}}, "is none of 'Precompiled'"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "\u00e9"}}, "is not base64"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": [1]}}, "is not base64"),
+    ],
+)
+def test_bad_t5_tokenizer_json(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(files.CheckpointError, match=message) as caught:
+        load_tokenizer(unigram(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
 
 
 def test_older_envelopes(tmp_path: Path) -> None:

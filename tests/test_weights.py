@@ -4,6 +4,7 @@ where."""
 import json
 import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from refmodels import OPTBackbone
 from refmodels.files import MAX_FILE_BYTES, field, inside, read_json
 from refmodels.parameters import ZEROS, Parameter
 from refmodels.weights import huggingface, keras_h5, safetensors
@@ -610,6 +612,32 @@ def test_a_configuration_that_the_class_cannot_be_is_refused(config, changes, wo
         huggingface.arguments({**config, **changes}, "dir/config.json")
     for word in words:
         assert word in str(caught.value)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import h5py, safetensors
+from refmodels import OPTBackbone
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak()
+model = OPTBackbone.from_preset(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of another system")
+@pytest.mark.parametrize("form", ["keras", "hf"])
+def test_loading_needs_the_weights_and_the_largest_tensor(tmp_path, form):
+    """Pages of a mapped file count: a second model in memory is one even where the system could take it back."""
+    model = OPTBackbone(vocabulary_size=20_000, num_layers=6, num_heads=8, hidden_dim=512, intermediate_dim=2048, seed=0)
+    (model.save_to_preset if form == "keras" else model.save_to_hf)(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=True)
+    weights, largest = 4 * model.count_params(), 4 * 20_000 * 512
+    assert 0.5 * weights < int(done.stdout) < weights + largest
 
 
 # -- packages --------------------------------------------------------------------------------------------------------

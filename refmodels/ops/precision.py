@@ -20,6 +20,9 @@ POLICIES = {
 }
 """dtype policy -> (type of the parameters, type of the activations)."""
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""The types that parameters may have, if they are not quantised."""
+
 
 def variable_dtype(policy: str) -> str:
     """The type that parameters are stored in under this policy."""

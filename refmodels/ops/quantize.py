@@ -182,6 +182,7 @@ def quantized_groups(kernel: Array, block_size: int) -> tuple[Array, Array, Arra
     """
     low, high = INT4
     size, columns = kernel.shape
+    block_size = min(block_size, size + 1)  # of a longer block the rest are zeros, and one of them counts like many
     groups = -(-size // block_size)
     padded = np.zeros((groups * block_size, columns), np.float32)
     padded[:size] = kernel

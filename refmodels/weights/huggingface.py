@@ -36,7 +36,7 @@ EMBEDDINGS = {
 
 HEAD = "lm_head.weight"
 
-_log = logging.getLogger("refmodels")
+LOG = logging.getLogger("refmodels")
 
 _IGNORED = {
     "t5": r"(encoder|decoder)\.embed_tokens\.weight"
@@ -205,7 +205,7 @@ def tied(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) 
     else:
         found, reason = False, f"{HEAD} differs from {tables[0].name}"
     scaled = f", logits {'scaled' if logits_scaled(config, source) else 'not scaled'}" if family == "t5" else ""
-    _log.info("%s: head %s (%s)%s", source, "tied" if found else "untied", reason, scaled)
+    LOG.info("%s: head %s (%s)%s", source, "tied" if found else "untied", reason, scaled)
     return found
 
 

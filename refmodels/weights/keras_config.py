@@ -8,7 +8,7 @@ Only small functions of plain values, like `huggingface` for that world's config
 from collections.abc import Mapping
 from typing import Any
 
-from refmodels.files import CheckpointError, field, keras_object
+from refmodels.files import CheckpointError, field, keras_object, keras_policy
 
 CLASSES = {"T5Backbone": "t5", "OPTBackbone": "opt", "BloomBackbone": "bloom"}
 """Class -> its family."""
@@ -93,8 +93,7 @@ def envelope(family: str, arguments: Mapping[str, Any], package: str = "keras_hu
     if found["dtype"] == "float32":
         del found["dtype"]
     elif isinstance(found["dtype"], str):
-        policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": found["dtype"]}, "registered_name": None}
-        found["dtype"] = policy
+        found["dtype"] = keras_policy(found["dtype"])
     if found.get("activation") == "gelu_approximate":  # by its name alone KerasHub does not find it
         function = {"module": "builtins", "class_name": "function", "config": "keras_hub>gelu_approximate"}
         found["activation"] = {**function, "registered_name": "function"}

@@ -4,7 +4,10 @@
 The only module that uses h5py.
 """
 
+import errno
+import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +26,8 @@ from refmodels.weights.tensor import Tensor
 
 MAX_OBJECTS = 1_000_000
 """A file with more groups and datasets than this is refused."""
+
+_OBJECT_BYTES = 8192  # more than a dataset takes beside its values, with the groups it is in
 
 
 def spellings(name: str) -> tuple[str, ...]:
@@ -183,7 +188,10 @@ def write_file(path: Path, tensors: Sequence[Tensor], written: Callable[[Tensor]
     except ImportError:
         raise ImportError(f"writing {path} needs h5py: pip install h5py") from None
     try:
-        with h5py.File(path, "w", libver="earliest") as file:
+        with h5py.File(empty := io.BytesIO(), "w", libver="earliest"):
+            pass
+        _reserve(path, empty.getvalue(), sum(tensor.nbytes + _OBJECT_BYTES for tensor in tensors))
+        with h5py.File(path, "r+", libver="earliest") as file:  # closing it cuts off what is not needed
             for tensor in tensors:
                 values = np.asarray(tensor.read(), order="C")
                 if tensor.dtype.name == "bfloat16":
@@ -193,3 +201,17 @@ def write_file(path: Path, tensors: Sequence[Tensor], written: Callable[[Tensor]
                 written(tensor)
     except RuntimeError as error:  # what h5py raises for a full disk when the file is closed
         raise OSError(f"{path}: cannot be written: {error}") from None
+
+
+def _reserve(path: Path, content: bytes, size: int) -> None:
+    """Write a file that begins with `content` and takes `size` bytes. OSError if the disk has no room for it: where a write
+    fails later, the HDF5 library ends the process."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that reserves nothing
+            raise OSError(error.errno, error.strerror, str(path)) from None

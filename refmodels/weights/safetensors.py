@@ -1,8 +1,8 @@
 """Safetensors files: one file, or the shards that an index file names.
 
-To read, the safetensors package maps and checks them. To write, it wants the bytes of every tensor at once, which is a second
-model in memory; so the header is written here (https://github.com/huggingface/safetensors, section "Format"), and then one
-tensor after the other.
+The safetensors package checks a file that is to be read. The values are read and written here, one tensor after the other
+(https://github.com/huggingface/safetensors, section "Format"): it maps the file to read it, and wants the bytes of every tensor
+at once to write them; either is a second model in memory.
 """
 
 import json
@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from refmodels.files import CheckpointError, inside
+from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights.shards import INDEX_SUFFIX, open_checkpoint, partition
 from refmodels.weights.tensor import Tensor
@@ -46,40 +48,47 @@ def open_tensors(directory: Path, name: str) -> Iterator[Mapping[str, Tensor]]:
         yield MappingProxyType(open_checkpoint(stack, directory, name, _open_file))
 
 
-def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError("reading safetensors needs safetensors: pip install safetensors") from None
-    path, shown = inside(directory, name), directory / name
-    try:  # it checks that the header fits the file and that the tensors fill it without gaps or overlaps
-        file = stack.enter_context(safe_open(path, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shown}: not a sound safetensors file, or truncated: {error}") from None
-    tensors: dict[str, Tensor] = {}
-    for tensor in file.keys():  # noqa: SIM118  it is no mapping
-        view = file.get_slice(tensor)
-        code = str(view.get_dtype())
-        if code not in DTYPES:
-            label = f"{shown}: tensor {tensor[:300]!r}"
-            raise CheckpointError(f"{label}: dtype {code!r} is not supported, wanted one of {', '.join(DTYPES)}")
-        shape, dtype = tuple(view.get_shape()), numpy_dtype(DTYPES[code])
-        tensors[tensor] = Tensor(shown, tensor, shape, dtype, partial(file.get_tensor, tensor))
-    return tensors
-
-
-def read_metadata(directory: Path, name: str) -> dict[str, str]:
-    """The metadata in the header of one file; errors as for `open_tensors`."""
+def _opened(stack: ExitStack, directory: Path, name: str) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError("reading safetensors needs safetensors: pip install safetensors") from None
     path = inside(directory, name)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
+    try:  # it checks that the header fits the file and that the tensors fill it without gaps or overlaps
+        return stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / name}: not a sound safetensors file, or truncated: {error}") from None
+
+
+def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor]:
+    file, shown = _opened(stack, directory, name), directory / name
+    content = stack.enter_context(inside(directory, name).open("rb"))
+    (length,) = struct.unpack("<Q", content.read(8))
+    header = json.loads(content.read(length))
+    tensors: dict[str, Tensor] = {}
+    for tensor in file.keys():  # noqa: SIM118  it is no mapping
+        view = file.get_slice(tensor)
+        code, label = str(view.get_dtype()), f"{shown}: tensor {tensor[:300]!r}"
+        if code not in DTYPES:
+            raise CheckpointError(f"{label}: dtype {code!r} is not supported, wanted one of {', '.join(DTYPES)}")
+        shape, dtype = tuple(view.get_shape()), numpy_dtype(DTYPES[code])
+        start = 8 + length + header[tensor]["data_offsets"][0]
+        tensors[tensor] = Tensor(shown, tensor, shape, dtype, partial(_read, content, label, start, shape, dtype))
+    return tensors
+
+
+def _read(content: BinaryIO, label: str, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    values = np.empty(shape, dtype)
+    content.seek(start)
+    if content.readinto(values.reshape(-1).view(np.uint8).data) != values.nbytes:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{label} cannot be read: the file is shorter than before")
+    return values
+
+
+def read_metadata(directory: Path, name: str) -> dict[str, str]:
+    """The metadata in the header of one file; errors as for `open_tensors`."""
+    with ExitStack() as stack:
+        return dict(_opened(stack, directory, name).metadata() or {})
 
 
 def write_tensors(directory: Path, tensors: Sequence[Tensor], limit: int, written: Callable[[Tensor], None]) -> None:

@@ -1,6 +1,7 @@
 """torch checkpoints, `pytorch_model.bin`, without torch: a zip archive of one pickle and one record for each storage.
 
-One file, or the shards that an index file names. Nothing in the pickle is run: see `torch_pickle`.
+One file, or the shards that an index file names. Nothing in the pickle is run: see `torch_pickle`. Files of torch before
+1.6 have another form: see `torch_legacy`.
 """
 
 import io
@@ -10,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,29 +23,18 @@ from refmodels.op import Array
 from refmodels.ops.precision import numpy_dtype
 from refmodels.weights.shards import open_checkpoint
 from refmodels.weights.tensor import Tensor
-from refmodels.weights.torch_pickle import MAX_BYTES, View, read_tensors
-
-LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
-"""What the files of torch before 1.6 begin with, behind the pickle's protocol."""
+from refmodels.weights.torch_legacy import read_legacy
+from refmodels.weights.torch_pickle import MAX_BYTES, Record, View, read_tensors
 
 MAX_ALIASES = 4
 """The tensors of a file may declare this many times its bytes: T5 has four names for its embeddings."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """Where an entry of the archive lies in the file; `crc` is 0 if torch was told not to record it."""
-
-    start: int
-    size: int
-    crc: int
 
 
 @contextmanager
 def open_tensors(directory: Path, name: str) -> Iterator[Mapping[str, Tensor]]:
     """The tensors of file `name` of `directory` by their names; of all its shards if the name ends in `.index.json`.
 
-    Nothing but the pickle is read until a tensor's `read()`, which must be called inside the `with` block. ValueError
+    Nothing but the pickles is read until a tensor's `read()`, which must be called inside the `with` block. ValueError
     names the file and what is wrong with it; FileNotFoundError a missing file or shard.
     """
     with ExitStack() as stack:
@@ -57,11 +46,7 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
     try:
         file = stack.enter_context(_Bounded(io.FileIO(path)))
         size = os.fstat(file.fileno()).st_size
-        records = _records(file, shown, size)
-        order = _content(file, records, "byteorder", shown) if "byteorder" in records else b"little"
-        if order != b"little":
-            raise CheckpointError(f"{shown}: byte order {order[:20]!r} is not supported, wanted b'little'")
-        views = read_tensors(_content(file, records, "data.pkl", shown), str(shown))
+        views, records = (read_legacy if file.peek(1)[:1] == b"\x80" else _read_archive)(file, shown, size)
     except OSError as error:
         raise CheckpointError(f"{shown}: cannot be read: {error}") from None
     tensors = {tensor: _tensor(file, shown, tensor, view, records) for tensor, view in views.items()}
@@ -82,16 +67,20 @@ class _Bounded(io.BufferedReader):
         return content
 
 
-def _records(file: _Bounded, shown: Path, size: int) -> dict[str, Record]:
+def _read_archive(file: _Bounded, shown: Path, _: int) -> tuple[dict[str, View], dict[str, Record]]:
+    """The tensors by their names, and the records of the storages by their keys."""
+    entries = _entries(file, shown)
+    order = _content(file, entries, "byteorder", shown) if "byteorder" in entries else b"little"
+    if order != b"little":
+        raise CheckpointError(f"{shown}: byte order {order[:20]!r} is not supported, wanted b'little'")
+    views = read_tensors(_content(file, entries, "data.pkl", shown), str(shown))
+    return views, {name.removeprefix("data/"): record for name, record in entries.items() if name.startswith("data/")}
+
+
+def _entries(file: _Bounded, shown: Path) -> dict[str, Record]:
     """The entries of the archive by their names without the directory that all of them are in."""
-    start = file.read(14)
-    if start[2:] == LEGACY:
-        raise CheckpointError(
-            f"{shown}: a file in the form of torch before 1.6, which is not supported: save it again with a current torch, "
-            "or as safetensors"
-        )
     try:
-        if start[:4] != b"PK\3\4":
+        if file.read(4) != b"PK\3\4":
             raise ValueError("it does not begin with a zip entry")
         with zipfile.ZipFile(file) as archive:
             entries, end = sorted(archive.infolist(), key=lambda entry: entry.header_offset, reverse=True), archive.start_dir
@@ -141,9 +130,9 @@ def _content(file: _Bounded, records: Mapping[str, Record], name: str, shown: Pa
 
 def _tensor(file: _Bounded, shown: Path, name: str, view: View, records: Mapping[str, Record]) -> Tensor:
     label, storage = f"{shown}: tensor {name[:300]!r}", view.storage
-    dtype, record = numpy_dtype(storage.dtype), records.get(f"data/{storage.key}")
+    dtype, record = numpy_dtype(storage.dtype), records.get(storage.key)
     if record is None:
-        raise CheckpointError(f"{label} lies in record data/{storage.key[:100]}, which the file lacks")
+        raise CheckpointError(f"{label} lies in record {storage.key[:100]!r}, which the file lacks")
     if storage.numel * dtype.itemsize != record.size:
         raise CheckpointError(f"{label}: its storage has {storage.numel} elements of {dtype}, its record {record.size} bytes")
     span = 0 if 0 in view.shape else 1  # from the first element to the last, of the axes so far

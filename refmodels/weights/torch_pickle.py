@@ -1,10 +1,11 @@
-"""The pickle in a torch checkpoint, read without unpickling it.
+"""The pickles in a torch checkpoint, read without unpickling them.
 
 A small machine of our own runs the few opcodes of which a table of tensors consists, on values that are plain data. It
 imports nothing and calls nothing; whatever else a pickle can ask for is refused by name. The standard library only
 splits the stream into opcodes.
 """
 
+import io
 import pickletools
 from dataclasses import dataclass
 from typing import Any, Final
@@ -52,11 +53,20 @@ _MARK: Final = object()
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of `numel` elements in the record `key`; `dtype` is the NumPy name of their type."""
+    """A run of `numel` elements, the record `key` of the file; `dtype` is the NumPy name of their type."""
 
     dtype: str
     key: str
     numel: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where the bytes of a storage, or of another entry of an archive, lie in the file; `crc` is 0 if torch recorded none."""
+
+    start: int
+    size: int
+    crc: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,26 +93,50 @@ def read_tensors(content: bytes, source: str) -> dict[str, View]:
     """
     if len(content) > MAX_BYTES:
         raise CheckpointError(f"{source}: the pickle has {len(content)} bytes, wanted at most {MAX_BYTES}")
-    machine, position = _Machine(len(content)), 0
+    stream = io.BytesIO(content)
+    tensors = tensors_of(read_pickle(stream, source), source)
+    if stream.tell() != len(content):
+        raise CheckpointError(f"{source}: not a pickle of tensors: it ends before the last of {len(content)} bytes")
+    return tensors
+
+
+def read_pickle(stream: io.BytesIO, source: str) -> Any:
+    """What the pickle that begins here holds, as `_Machine` has it; the stream, of `MAX_BYTES` at most, is then behind it.
+
+    ValueError as for `read_tensors`.
+    """
+    position = stream.tell()
+    machine = _Machine(position, stream.getbuffer().nbytes)
     try:
-        for opcode, argument, place in pickletools.genops(content):
+        for opcode, argument, place in pickletools.genops(stream):
             position = place or 0
             machine.step(opcode.name, argument, position)
             if len(machine.stack) > MAX_STACK:
                 raise ValueError(f"over {MAX_STACK} values on the stack")
-        if position != len(content) - 1:
-            raise ValueError(f"it ends before the last of {len(content)} bytes")
         return machine.result()
     except (ValueError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{source}: not a pickle of tensors: {str(error)[:500]} (at byte {position})") from None
+        where = f"at byte {position} of at most {MAX_BYTES}"
+        raise CheckpointError(f"{source}: not a pickle of tensors: {str(error)[:500]} ({where})") from None
+
+
+def tensors_of(value: Any, source: str) -> dict[str, View]:
+    """The tensors of a state dict by name, if that is what a pickle held; ValueError as for `read_tensors`."""
+    if type(value) is not dict:
+        raise CheckpointError(f"{source}: not a pickle of tensors: it holds {_kind(value)}, wanted a dict of tensors")
+    for name, view in value.items():
+        if type(view) is not View:
+            raise CheckpointError(f"{source}: not a pickle of tensors: entry {short(name)} is {_kind(view)}, wanted a tensor")
+    tensors: dict[str, View] = value
+    return tensors
 
 
 class _Machine:
-    """The stack and the memo of a pickle, which hold None, bool, int, str, and tuples and dicts of these and of the
-    records above."""
+    """The stack and the memo of a pickle, which hold None, bool, int, str, and tuples, lists and dicts of these and
+    of the classes above. The pickle begins at byte `start` of a stream that ends at byte `end`."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -125,12 +159,18 @@ class _Machine:
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(_tuple(self.pop(int(opcode[-1]))))
             case "TUPLE":
                 stack.append(_tuple(self.pop_to_mark()))
+            case "APPEND":
+                self.append(self.pop(1))
+            case "APPENDS":
+                self.append(self.pop_to_mark())
             case "SETITEM":
                 self.set_items(self.pop(2))
             case "SETITEMS":
@@ -146,10 +186,10 @@ class _Machine:
             case "BUILD":
                 self.build(*self.pop(1))
             case "FRAME":
-                if argument > self.length - position - 9:
+                if argument > self.end - position - 9:
                     raise ValueError(f"a frame of {argument} bytes ends behind the pickle")
             case "PROTO":
-                if position or argument > 5:
+                if position != self.start or argument > 5:
                     raise ValueError(f"protocol {argument}, wanted 2 to 5, at the beginning")
             case "STOP":
                 pass
@@ -174,6 +214,13 @@ class _Machine:
             values.append(value)
         return values[::-1]
 
+    def append(self, values: list[Any]) -> None:
+        """Values for the list below them."""
+        target = self.top()
+        if type(target) is not list:
+            raise ValueError(f"a value for the end of {_kind(target)}, wanted a list")
+        target += values
+
     def set_items(self, items: list[Any]) -> None:
         """Keys and values by turns, for the dict below them."""
         target = self.top()
@@ -181,22 +228,18 @@ class _Machine:
             raise ValueError(f"an item of {_kind(target)}, wanted a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:
-                raise ValueError(f"key {_short(key)} of a dict is no string, or there twice")
+                raise ValueError(f"key {short(key)} of a dict is no string, or there twice")
             target[key] = value
 
     def build(self, state: Any) -> None:
         """The attributes of the OrderedDict below: of a state dict, the versions of its modules, which are not used."""
         if type(self.top()) is not dict or type(state) is not dict or state.keys() != {"_metadata"}:
-            raise ValueError(f"attributes {_short(state)} of {_kind(self.top())}, wanted _metadata of an OrderedDict")
+            raise ValueError(f"attributes {short(state)} of {_kind(self.top())}, wanted _metadata of an OrderedDict")
 
-    def result(self) -> dict[str, View]:
-        if len(self.stack) != 1 or type(self.stack[0]) is not dict:
-            raise ValueError(f"it holds {_kind(self.top())}, wanted a dict of tensors")
-        for name, value in self.stack[0].items():
-            if type(value) is not View:
-                raise ValueError(f"entry {_short(name)} is {_kind(value)}, wanted a tensor")
-        tensors: dict[str, View] = self.stack[0]
-        return tensors
+    def result(self) -> Any:
+        if len(self.stack) != 1:
+            raise ValueError(f"it ends with {len(self.stack)} values on the stack, wanted one")
+        return self.top()
 
 
 def _tuple(values: list[Any]) -> tuple[Any, ...]:
@@ -211,18 +254,19 @@ def _global(name: str) -> _Global:
     if name in _KINDS:
         raise ValueError(f"{_KINDS[name]} are not supported ({name})")
     if name not in _ALLOWED:
-        raise ValueError(f"global {_short(name)} is not allowed")
+        raise ValueError(f"global {short(name)} is not allowed")
     return _Global(name)
 
 
 def _storage(identity: Any) -> Storage:
-    """The persistent id of a storage: ("storage", its class, name of its record, device, number of elements)."""
+    """The persistent id of a storage: ("storage", its class, name of its record, device, number of elements), and before
+    torch 1.6 which part it is of another storage: None, it is a whole one."""
     match identity:
-        case ("storage", _Global(name), str(key), str(), int(numel)) if _counts((numel,)):
+        case ("storage", _Global(name), str(key), str(), int(numel), *part) if part in ([], [None]) and _counts((numel,)):
             dtype = STORAGES.get(name.removeprefix("torch."))
             if dtype is not None:
                 return Storage(dtype, key, numel)
-    raise ValueError(f"persistent id {_short(identity)} is not that of a storage")
+    raise ValueError(f"persistent id {short(identity)} is not that of a storage")
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
@@ -239,7 +283,7 @@ def _reduce(function: Any, arguments: Any) -> Any:
                 return View(storage, offset, shape, strides)
         case (str(_), (View() as view, bool(), {})) if name == _PARAMETER and not arguments[2]:
             return view
-    raise ValueError(f"{name} is called with {_short(arguments)}")
+    raise ValueError(f"{name} is called with {short(arguments)}")
 
 
 def _counts(values: tuple[Any, ...]) -> bool:
@@ -250,10 +294,10 @@ def _kind(value: Any) -> str:
     return {_Global: "a global", Storage: "a storage", View: "a tensor"}.get(type(value), type(value).__name__)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for a message, never a long one, however large it is."""
     if type(value) is tuple:
-        return f"({', '.join(map(_short, value[:8]))}{', ...' if len(value) > 8 else ''})"
+        return f"({', '.join(map(short, value[:8]))}{', ...' if len(value) > 8 else ''})"
     return (
         repr(value[:100]) if type(value) is str else str(value) if type(value) is int and abs(value) < 2**64 else _kind(value)
     )
