@@ -7,7 +7,8 @@ from refmodels.backbone import Backbone
 from refmodels.loading import open_weights
 from refmodels.ops.precision import FLOATS, variable_dtype
 from refmodels.presets import locate
-from refmodels.saving import Progress, checked_target, partial_prefix, shard_bytes, staged, write_hugging_face, write_preset
+from refmodels.saving import Progress, shard_bytes, write_hugging_face, write_preset
+from refmodels.staging import checked_target, partial_prefix, staged
 from refmodels.task import Task
 
 FORMS = {"keras": 10.0, "hf": 5.0}
@@ -53,9 +54,10 @@ def convert(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     size = FORMS[form] if max_shard_size is None else max_shard_size
     shard_bytes(size)
+    located = locate(source)
+    check_apart(located.directory, Path(target))
     check_target(target, force)
-    directory = locate(source).fetch()
-    check_apart(directory, Path(target))
+    directory = located.fetch()
     with staged(target, replace=True) as place:
         task = Task.from_preset(directory, dtype=dtype or stored_policy(directory))
         if form == "keras":
@@ -68,15 +70,22 @@ def convert(
 
 
 def check_target(target: str | Path, force: bool) -> None:
-    """Errors as for `checked_target`; FileExistsError for a directory with files in it that is not to be replaced."""
+    """Errors as for `checked_target`; FileExistsError for a directory with files in it that is not to be replaced: without
+    `force` any, with it one that is no preset."""
     place = checked_target(target)
     hidden = partial_prefix(place)
-    if not force and place.is_dir() and any(not path.name.startswith(hidden) for path in place.iterdir()):
+    if not place.is_dir() or all(path.name.startswith(hidden) for path in place.iterdir()):
+        return
+    if not force:
         raise FileExistsError(f"{target} is there and has files in it: --force replaces it")
+    if not (place / "config.json").is_file():
+        raise FileExistsError(f"{target} is there and is no preset (it has no config.json): even --force does not replace it")
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """ValueError if one of the directories is the other or lies in it."""
+def check_apart(source: Path | None, target: Path) -> None:
+    """ValueError if one of the directories is the other or lies in it. A source that is downloaded, None, is in a cache."""
+    if source is None:
+        return
     one, other = source.resolve(), target.resolve()
     if one.is_relative_to(other) or other.is_relative_to(one):
         raise ValueError(f"the target {target} and the source {source} must lie apart")

@@ -17,6 +17,7 @@ from refmodels.files import CheckpointError, MissingFileError, read_json, replac
 from refmodels.lora import LEAVES, MAX_RANK, SCALE, A, Adapter, B, adapters, dense_layers, kernel_shapes, layer_names
 from refmodels.op import Array
 from refmodels.parameters import Parameter
+from refmodels.staging import staged
 from refmodels.weights import huggingface, keras_h5, keras_lora, peft, safetensors, torch_bin
 from refmodels.weights.tensor import Misfits, Tensor
 
@@ -258,7 +259,7 @@ def save_peft(backbone: Backbone, directory: str | Path, base: str | None) -> No
     """
     found = _own(backbone)
     place, start = Path(directory), huggingface.PREFIXES[backbone.family][0]
-    path, tensors = place / peft.WEIGHTS[0], []
+    path, tensors = place / peft.WEIGHTS[0], list[Tensor]()
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     modules = peft.modules(dense_layers(backbone).values(), start)
@@ -272,10 +273,9 @@ def save_peft(backbone: Backbone, directory: str | Path, base: str | None) -> No
                 stored(path, f"{peft.WRAPPER}{module}.lora_A.weight", parts[0].a[:, 0].T),
                 stored(path, f"{peft.WRAPPER}{module}.lora_B.weight", up),
             ]
-    place.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        safetensors.write_file(beside, tensors)
-    write_json(place / peft.CONFIG, peft.document(backbone.family, ranks, scales, modules, base))
+    with staged(directory) as beside:
+        safetensors.write_file(beside / peft.WEIGHTS[0], tensors)
+        write_json(beside / peft.CONFIG, peft.document(backbone.family, ranks, scales, modules, base))
 
 
 def _side_by_side(parts: Sequence[Adapter | None], columns: Sequence[int]) -> list[Adapter]:

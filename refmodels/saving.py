@@ -1,18 +1,16 @@
 """Saving: from a backbone or a task to a directory, in KerasHub's form or in Hugging Face's.
 
 What is in the files is in `spec/files.md`. Weights are written tensor by tensor, so that saving needs the memory of the
-largest one beside the model's. A directory appears when it is complete: all is written into a hidden one beside it first.
+largest one beside the model's. A directory appears when it is complete (`staging`).
 """
 
 import errno
-import glob
 import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ import numpy as np
 
 from refmodels import lora
 from refmodels.backbone import Backbone
-from refmodels.files import naming, write_json
+from refmodels.files import write_json
 from refmodels.op import Array
 from refmodels.ops.precision import FLOATS, narrow, numpy_dtype
 from refmodels.parameters import Parameter, check_leaves, flatten
+from refmodels.staging import staged
 from refmodels.task import Task
 from refmodels.tokenizer_files import save_hugging_face
 from refmodels.weights import huggingface, keras_config, keras_h5, safetensors
@@ -33,6 +32,11 @@ from refmodels.weights.tensor import Tensor
 LOG = logging.getLogger("refmodels")
 
 GIB = 2**30
+
+_WEIGHTS = re.compile(
+    r"model\.weights\.(h5|json)|model_\d{5}\.weights\.h5|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
+"""Files that are in the way of new weights."""
 
 Progress = Callable[[int, int], None]
 """Called before the first tensor and after every one, with the bytes that are written and those that will be."""
@@ -44,7 +48,7 @@ def save_to_preset(model: Backbone | Task, directory: str | Path, max_shard_size
     Weights of more than `max_shard_size` GiB go into shards of at most that. A directory that is there keeps its other files.
     OSError if it cannot be written: then it is as it was.
     """
-    with staged(directory) as place:
+    with staged(directory, superseded=_WEIGHTS) as place:
         write_preset(model, place, max_shard_size)
 
 
@@ -55,7 +59,7 @@ def save_to_hf(model: Backbone | Task, directory: str | Path, max_shard_size: fl
     dtype   type of the tensors, of `FLOATS`; by default that of the model's parameters. For the rest see `save_to_preset`.
             ValueError for a model that Transformers' class of the family cannot hold.
     """
-    with staged(directory) as place:
+    with staged(directory, superseded=_WEIGHTS) as place:
         write_hugging_face(model, place, max_shard_size, dtype)
 
 
@@ -183,119 +187,3 @@ def check_room(directory: Path, tensors: Iterable[Tensor]) -> None:
     wanted, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(directory).free
     if wanted > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {wanted} bytes are to be written, {free} are free")
-
-
-# -- directories that appear when they are complete -----------------------------------------------------------------------
-
-_WEIGHTS = re.compile(
-    r"model\.weights\.(h5|json)|model_\d{5}\.weights\.h5|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-)
-"""Files that are in the way of new weights."""
-
-
-@contextmanager
-def staged(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory beside `directory`, for the files to be written into; it takes its place when the block ends well, and
-    is removed when it does not. What a killed process left of its own is removed first.
-
-    A directory with files in it keeps them, weights and those of the same name excepted; with `replace` it goes as a whole.
-    """
-    target = checked_target(directory)
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
-    place = staging_parent(target) / f"{partial_prefix(target)}{os.getpid()}-{time.time_ns():x}"
-    place.mkdir()
-    try:
-        with naming(directory), locked(place):
-            yield place
-            if place.parent == target:
-                _merge(place, target, keep=not replace)
-            elif not target.exists() or not any(target.iterdir()):
-                place.replace(target)
-            elif replace:
-                _replace(place, target)
-            else:
-                _merge(place, target)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        with suppress(OSError):  # they stay where something is in them
-            for parent in new_parents:
-                parent.rmdir()
-
-
-def checked_target(directory: str | Path) -> Path:
-    """The directory that is to be written, links followed. ValueError for an empty name, which would be the one we are in;
-    FileExistsError if something is in the way."""
-    if not os.fspath(directory):
-        raise ValueError("the directory to write to is '', wanted a name")
-    target = Path(directory).resolve()
-    obstacle = next((place for place in (target, *target.parents) if place.exists()), target)
-    if obstacle.exists() and not obstacle.is_dir():
-        raise FileExistsError(f"{directory if obstacle == target else obstacle} is there and is no directory")
-    return target
-
-
-def _replace(place: Path, target: Path) -> None:
-    old = place.with_name(f"{place.name}-old")
-    try:
-        target.replace(old)
-        place.replace(target)
-    finally:  # also after an interrupt
-        if not target.exists():
-            old.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _merge(place: Path, target: Path, *, keep: bool = True) -> None:
-    """Each file appears whole, the configuration last."""
-    new = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    for path in [path for path in target.iterdir() if path != place and Path(path.name) not in new]:
-        if _WEIGHTS.fullmatch(path.name) and not path.is_dir():
-            path.unlink()
-        elif not keep:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in sorted(new, key=lambda name: name == Path("config.json")):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).replace(target / name)
-
-
-def staging_parent(target: Path) -> Path:
-    """Where the hidden directory goes: beside the target, or into one that cannot be replaced: a mount, the directory that we
-    are in, one beside which nothing may be written."""
-    fixed = target.is_dir() and (target.is_mount() or target == Path.cwd() or not os.access(target.parent, os.W_OK))
-    return target if fixed else target.parent
-
-
-def partial_prefix(target: Path) -> str:
-    """What the names of the hidden directories for this target begin with."""
-    return f".{target.name}.partial-"
-
-
-def remove_abandoned(target: Path) -> None:
-    """Remove what processes that were killed left beside `target`. One that still runs holds a lock on its directory."""
-    for place in staging_parent(target).glob(f"{glob.escape(partial_prefix(target))}*"):
-        with suppress(OSError), locked(place):
-            if place.name.endswith("-old") and not target.exists():
-                place.replace(target)
-            else:
-                shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of this directory; BlockingIOError if another process holds it. Where there are no such locks, OSError for
-    the directory of another process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        if f".partial-{os.getpid()}-" not in directory.name:
-            raise OSError(f"{directory}: may be in use") from None
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)

@@ -144,8 +144,14 @@ def test_a_target_with_files_in_it(tmp_path, capsys):
     assert {"config.json", "metadata.json", "model.weights.h5", "tokenizer.json"} <= set(found)
     assert {"mine.txt", "model.safetensors", "generation_config.json"}.isdisjoint(found)
     assert names(tmp_path) == ["target"]
-    (tmp_path / "file").write_text("mine")
     capsys.readouterr()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mine.txt").write_text("mine")
+    message = refused(capsys, "t5_tiny_numbers", home, "--to", "keras", "--force")
+    assert message == f"{home} is there and is no preset (it has no config.json): even --force does not replace it"
+    assert names(home) == ["mine.txt"]
+    (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file", tmp_path / "file" / "inside" / "it"):
         message = refused(capsys, "opt_tiny_stdlib", target, "--to", "hf", "--force")
         assert message == f"{tmp_path / 'file'} is there and is no directory"
@@ -243,10 +249,10 @@ def test_an_interrupt_leaves_nothing(tmp_path, number, status):
     assert interrupted(tmp_path / "target", number) == status
     assert names(tmp_path) == []
     (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "mine.txt").write_text("mine")
+    (tmp_path / "target" / "config.json").write_text("mine")
     assert interrupted(tmp_path / "target", number, "--force") == status
     assert names(tmp_path) == ["target"]
-    assert names(tmp_path / "target") == ["mine.txt"]
+    assert names(tmp_path / "target") == ["config.json"]
 
 
 IN_A_CALLBACK = """

@@ -12,7 +12,7 @@ from loopback import Loopback
 from safetensors.numpy import load_file, save_file
 from test_torch_bin import archive, state, tensor
 
-from refmodels import Accelerator, Backbone, BloomBackbone, OPTBackbone, T5Backbone, lora, use
+from refmodels import Accelerator, Backbone, BloomBackbone, OPTBackbone, T5Backbone, lora, lora_files, use
 from refmodels.files import CheckpointError, MissingFileError
 from refmodels.lora import Adapter
 from refmodels.numerics import calibrated, compare
@@ -679,6 +679,27 @@ def test_the_config_and_the_tensors_must_agree(fields, layers, tmp_path):
     else:
         with pytest.raises(CheckpointError, match=layers):
             model.load_peft_adapter(tmp_path)
+
+
+def test_a_peft_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = OPTBackbone(**SIZES, seed=0)
+    model.enable_lora(2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("the base model's")
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    write_json = lora_files.write_json
+    monkeypatch.setattr(lora_files, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_peft_adapter(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.safetensors"]
+    monkeypatch.setattr(lora_files, "write_json", write_json)
+    model.save_peft_adapter(tmp_path / "mine")
+    found = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    assert found == ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_peft_tensors_that_do_not_fit(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -21,7 +22,7 @@ from refmodels import Backbone, BloomBackbone, OPTBackbone, T5Backbone, T5Seq2Se
 from refmodels.files import CheckpointError
 from refmodels.ops.precision import numpy_dtype
 from refmodels.parameters import flatten
-from refmodels.saving import locked, staged
+from refmodels.staging import locked, staged
 from refmodels.task import Task
 from refmodels.weights import huggingface
 
@@ -419,7 +420,7 @@ def test_a_directory_that_is_there(tmp_path, replace, mounted, monkeypatch):
     with pytest.raises(RuntimeError):
         failing(target, RuntimeError, replace=replace)
     assert {path.read_text() for path in target.rglob("*") if path.is_file()} == {"old"}
-    with staged(target, replace=replace) as place:
+    with staged(target, replace=replace, superseded=re.compile(r"model\..*")) as place:
         assert place.parent == (target if mounted else tmp_path)
         (place / "assets" / "tokenizer").mkdir(parents=True)
         for name in ("config.json", "model.weights.h5", "assets/tokenizer/file"):
