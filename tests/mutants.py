@@ -34,7 +34,7 @@ from refmodels import (
 from refmodels.backbone import Backbone
 from refmodels.ops import attention, cache, dense, elementwise, heads, linear, mask, norm, position, quantize, sampling
 from refmodels.ops.precision import compute_dtype
-from refmodels.weights import huggingface, keras_config, keras_lora, peft
+from refmodels.weights import huggingface, keras_config, keras_lora, peft, torch_bin, torch_legacy
 
 Change = tuple[str, str]
 
@@ -1087,6 +1087,20 @@ mutate_function(
     "only the shape decides about the layout",
     ("return values.T\n", "return values.T if values.shape[0] != values.shape[1] else values\n"),
     areas="weights opt",
+)
+mutate_function(
+    torch_legacy._storages,
+    "torch < 1.6: storages in the order of the tensors",
+    "they follow in the order of the list of keys",
+    ("[storages[key] for key in keys]", "list(storages.values())"),
+    areas="torch_legacy",
+)
+mutate_function(
+    torch_bin._read,
+    "torch: strides not looked at",
+    "a tensor saved as a transpose of another is read row by row",
+    ("strides=strides if raw.size else None", "strides=None"),
+    areas="torch_views",
 )
 mutate_function(
     huggingface.stored,

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_torch_bin import archive, state, tensor
+from test_torch_bin import archive, legacy, state, tensor
 
 from refmodels import Backbone, BloomBackbone, OPTBackbone, T5Backbone
 from refmodels.parameters import flatten
@@ -140,14 +140,24 @@ def huggingface_config(directory, backbone):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def torch_archive(tensors):
-    entries, opcodes = {}, {}
+def torch_state(tensors, **more):
+    opcodes = {}
     for number, (name, values) in enumerate(tensors.items()):
-        entries[f"data/{number}"] = values.tobytes()
         strides = [stride // values.itemsize for stride in values.strides]
         kind = STORAGE[values.dtype.name]
-        opcodes[name] = tensor(values.shape, strides, numel=values.size, key=str(number), kind=kind)
-    return archive({"data.pkl": state(**opcodes), "byteorder": b"little"} | entries)
+        opcodes[name] = tensor(values.shape, strides, numel=values.size, key=str(number), kind=kind, **more)
+    return state(**opcodes)
+
+
+def torch_archive(tensors):
+    entries = {f"data/{number}": values.tobytes() for number, values in enumerate(tensors.values())}
+    return archive({"data.pkl": torch_state(tensors), "byteorder": b"little"} | entries)
+
+
+def torch_legacy(tensors):
+    """Storages in the order of their keys as text, as torch has it."""
+    storages = {str(number): values for number, values in enumerate(tensors.values())}
+    return legacy(torch_state(tensors, part=b"N"), dict(sorted(storages.items())))
 
 
 def index(directory, name, shards):
@@ -238,6 +248,13 @@ def read_bin_shards(directory, backbone, dtype):
     for file, part in shards.items():
         (directory / file).write_bytes(torch_archive(part))
     index(directory, "pytorch_model.bin.index.json", shards)
+    read_back(directory, backbone, dtype)
+
+
+@cell("Hugging Face pytorch_model.bin, torch < 1.6", "read")
+def read_bin_legacy(directory, backbone, dtype):
+    huggingface_config(directory, backbone)
+    (directory / "pytorch_model.bin").write_bytes(torch_legacy(huggingface_tensors(backbone)))
     read_back(directory, backbone, dtype)
 
 

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_torch_bin import archive, state, tensor
+from test_torch_bin import archive, legacy, state, tensor
 
 from refmodels import Backbone
 from refmodels.files import CheckpointError
@@ -106,6 +106,14 @@ def bin_file(tensors):
     )
 
 
+def legacy_file(tensors):
+    opcodes = {
+        name: tensor(values.shape, [stride // 4 for stride in values.strides], numel=values.size, key=str(number), part=b"N")
+        for number, (name, values) in enumerate(tensors.items())
+    }
+    return legacy(state(**opcodes), {str(number): values for number, values in enumerate(tensors.values())})
+
+
 def tokenizer_files(family, keras):
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *"abcde", "ab", "abc", "de"]
     vocabulary, merges = {token: i for i, token in enumerate(tokens)}, ["a b", "ab c", "d e"]
@@ -158,6 +166,11 @@ def sound_files():
             {"config.json": config, "pytorch_model.bin.index.json": index_of(bin_shards)}
             | {name: bin_file(part) for name, part in bin_shards.items()},
             ["pytorch_model.bin.index.json", "pytorch_model-1.bin"],
+        ),
+        "torch_legacy": (
+            backbone,
+            {"config.json": config, "pytorch_model.bin": legacy_file(hf_tensors())},
+            ["pytorch_model.bin"],
         ),
         "bpe": (tokenizer, bpe, list(bpe)),
         "tokenizer_json": (tokenizer, tokenizer_files("bloom", False), ["tokenizer.json", "tokenizer.json", "config.json"]),
@@ -337,7 +350,8 @@ def run_cases(kind, first, count, root):
     load(root)  # sound, and everything is imported
     for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         "".encode(encoding)  # json imports these when a file looks like one, and zipfile the next
-    "".encode("cp437")
+    for encoding in ("cp437", "raw-unicode-escape"):  # and pickletools this one
+        "".encode(encoding)
     with contextlib.suppress(OSError, ValueError):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, used + ADDRESS_SPACE))
@@ -378,7 +392,7 @@ def run_cases(kind, first, count, root):
 
 
 FORMATS = ("config", "hf_config", "h5", "h5_shards", "safetensors", "safetensors_shards", "torch", "torch_shards", "bpe")
-FORMATS += ("tokenizer_json", "spm", "preprocessor", "task", "lora_h5", "lora_safetensors", "peft")
+FORMATS += ("torch_legacy", "tokenizer_json", "spm", "preprocessor", "task", "lora_h5", "lora_safetensors", "peft")
 
 
 def test_two_thousand_damaged_files(tmp_path, capsys):

@@ -22,6 +22,7 @@ import test_samplers
 import test_saving
 import test_scoring
 import test_tasks
+import test_torch_bin
 import test_variants
 import test_weights
 from hypothesis import Phase, settings
@@ -146,6 +147,8 @@ TESTS = {name: [oracle(name)] for name in test_ops.PRIMITIVES} | {
     "save_bloom": in_a_directory(partial(test_saving.test_the_same_tensors_and_fields_as_transformers, name="bloom")),
     "save_t5_gelu": [partial(test_saving.test_t5_feed_forward, "gelu", True, "gated-gelu_python")],
     "save_t5_flan": in_a_directory(partial(test_saving.test_the_same_config_as_keras_hub, name="t5_flan_like")),
+    "torch_legacy": in_a_directory(test_torch_bin.test_storages_follow_in_the_order_of_their_keys),
+    "torch_views": [test_torch_bin.test_the_golden_file_of_the_old_form],
     "empty": [test_ops.test_every_float_op_gives_empty_for_empty],
     "default_mask": [partial(test_numbers.test_without_a_mask_every_token_is_real, OPTBackbone)],
 }

@@ -19,10 +19,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmodels.weights import torch_bin, torch_pickle
+from refmodels.weights import torch_bin, torch_legacy, torch_pickle
 
 NAME = "pytorch_model.bin"
-GOLDEN = Path(__file__).parent / "data" / "goldens" / "hf" / "opt_bin" / NAME
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "goldens" / "hf" / "opt_bin" / NAME
+OLD_GOLDEN = DATA / "torch_legacy" / NAME  # torch 2.13, _use_new_zipfile_serialization=False: some tensors of the other
 ODICT = b"ccollections\nOrderedDict\n)R"
 START, STOP = b"\x80\x02", b"."
 
@@ -50,8 +52,8 @@ def row(values):
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
-def storage(numel, kind="FloatStorage", key="0", location="cpu", tag="storage"):
-    return b"(" + text(tag) + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text(location) + number(numel) + b"tQ"
+def storage(numel, kind="FloatStorage", key="0", location="cpu", tag="storage", part=b""):
+    return b"(" + text(tag) + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text(location) + number(numel) + part + b"tQ"
 
 
 def tensor(shape=(2, 3), strides=(3, 1), offset=0, numel=6, stored=None, requires=b"\x89", hooks=ODICT, more=b"", **of_storage):
@@ -89,6 +91,25 @@ def archive(entries, *, prefix="archive/", **lies):
 
 
 VALUES = np.arange(6, dtype="<f4")
+MAGIC, VERSION = number(torch_legacy.MAGIC), number(torch_legacy.VERSION)
+SIZES = b"".join(text(name) + number(size) for name, size in {"short": 2, "int": 4, "long": 8}.items())
+SYSTEM = (
+    b"}(" + text("protocol_version") + VERSION + text("little_endian") + b"\x88" + text("type_sizes") + b"}(" + SIZES + b"uu"
+)
+
+
+def listed(keys):
+    return b"](" + b"".join(map(text, keys)) + b"e"
+
+
+def legacy(pickled=None, storages=None, *, magic=MAGIC, version=VERSION, system=SYSTEM, keys=None):
+    """A file of torch before 1.6: pickles from these opcodes, then `storages`, which are values or bytes by their keys."""
+    storages = {"0": VALUES} if storages is None else storages
+    file = b"".join(START + opcodes + STOP for opcodes in (magic, version, system))
+    file += (state(w=tensor(part=b"N")) if pickled is None else pickled) + START + (keys or listed(storages)) + STOP
+    for values in storages.values():
+        file += values if isinstance(values, bytes) else struct.pack("<Q", values.size) + values.tobytes()
+    return file
 
 
 def checkpoint(pickled=None, values=VALUES, **more):
@@ -237,10 +258,12 @@ def test_checksums_that_were_not_recorded(given):
     np.testing.assert_array_equal(given(archive({"data.pkl": pickled, "data/0": values}))["w"].ravel(), VALUES)
 
 
-def test_shards(tmp_path):
+@pytest.mark.parametrize("checkpoint", [checkpoint, legacy])
+def test_shards(tmp_path, checkpoint):
     first, second = tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "pytorch_model-00002-of-00002.bin"
-    first.write_bytes(checkpoint(state(v=tensor())))
-    second.write_bytes(checkpoint(state(w=tensor())))
+    part = {"part": b"N"} if checkpoint is legacy else {}
+    first.write_bytes(checkpoint(state(v=tensor(**part))))
+    second.write_bytes(checkpoint(state(w=tensor(**part))))
     index = tmp_path / f"{NAME}.index.json"
 
     def load(weight_map):
@@ -263,11 +286,13 @@ def test_shards(tmp_path):
             load(weight_map)
 
 
-def test_reading_keeps_one_tensor_at_a_time(tmp_path):
+@pytest.mark.parametrize("old", [False, True])
+def test_reading_keeps_one_tensor_at_a_time(tmp_path, old):
     values = np.zeros(2**18, "<f4")
     names = [f"w{n}" for n in range(8)]
     pickled = state(**{n: tensor((2**18,), (1,), numel=2**18, key=str(i)) for i, n in enumerate(names)})
-    (tmp_path / NAME).write_bytes(archive({"data.pkl": pickled} | {f"data/{n}": values.tobytes() for n in range(8)}))
+    zipped = archive({"data.pkl": pickled} | {f"data/{n}": values.tobytes() for n in range(8)})
+    (tmp_path / NAME).write_bytes(legacy(pickled, {str(n): values for n in range(8)}) if old else zipped)
     with torch_bin.open_tensors(tmp_path, NAME) as tensors:
         tracemalloc.start()
         for item in tensors.values():
@@ -335,7 +360,8 @@ def test_a_pickle_that_would_run(refused, tmp_path):
         (b"\x97", "NEXT_BUFFER"),
         (b"\x98", "READONLY_BUFFER"),
         (b"\x8f", "EMPTY_SET"),
-        (b"]", "EMPTY_LIST"),
+        (b"]", "entry 'w' is list"),
+        (b"l", "LIST"),
         (b"I12\n", "INT"),
         (b"I" + b"9" * 100_000 + b"\n", ""),
         (b"L" + b"9" * 100_000 + b"L\n", ""),
@@ -382,6 +408,9 @@ def test_opcodes_outside_the_list(refused, opcodes, word):
         tensor(stored=b"(" + text("storage") + text("FloatStorage") + text("0") + text("cpu") + b"K\6tQ"),
         tensor(stored=b"(" + text("storage") + b"ccollections\nOrderedDict\n" + text("0") + text("cpu") + b"K\6tQ"),
         tensor(stored=b"(" + text("storage") + b"ctorch\nFloatStorage\nK\0" + text("cpu") + b"K\6tQ"),
+        tensor(part=b"K\1"),
+        tensor(part=b"NN"),
+        tensor(part=b"(" + text("1") + b"K\0K\6t"),
         tensor(stored=ODICT),
         tensor(shape=[b"N", b"K\3"]),
         tensor(shape=[b"\x88", b"K\3"]),
@@ -407,6 +436,16 @@ def test_opcodes_outside_the_list(refused, opcodes, word):
         b")" + text("a") + b"Ns",
         b"s",
         b"u",
+        b"e",
+        b"Na",
+        b"}Na",
+        b"}(Ne",
+        b"](K\1",
+        b"]q\x00h\x00a",
+        b"]" + b"q\x00h\x00a" * 50_000,
+        b"]" * 5_000 + b"a" * 4_999,
+        tensor(shape=[b"]", b"K\3"]),
+        tensor(hooks=b"]"),
         b"t",
         b"R",
         b"\x93",
@@ -501,8 +540,8 @@ def test_types_that_are_not_supported(refused, opcodes, kind):
         ({"numel": 5, "shape": (5,), "strides": (1,)}, "5 elements of float32, its record 24 bytes"),
         ({"numel": 2**62}, "its record 24 bytes"),
         ({"kind": "DoubleStorage"}, "6 elements of float64, its record 24 bytes"),
-        ({"key": "1"}, "record data/1, which the file lacks"),
-        ({"key": "../version"}, "record data/../version, which the file lacks"),
+        ({"key": "1"}, "record '1', which the file lacks"),
+        ({"key": "../version"}, "record '../version', which the file lacks"),
     ],
 )
 def test_views_that_leave_their_storage(refused, fields, word):
@@ -513,7 +552,8 @@ def test_many_names_for_one_storage(refused, given):
     values = np.zeros(2**16, "<f4")
     opcodes = tensor((2**16,), (1,), numel=2**16)
     assert len(given(checkpoint(state(**{f"w{n}": opcodes for n in range(4)}), values))) == 4
-    refused(checkpoint(state(**{f"w{n}": opcodes for n in range(9)}), values), "the tensors declare", "the file has")
+    for form in (checkpoint, lambda pickled, values: legacy(pickled, {"0": values})):
+        refused(form(state(**{f"w{n}": opcodes for n in range(9)}), values), "the tensors declare", "the file has")
 
 
 def test_values_that_fail_their_checksum(given, tmp_path):
@@ -600,13 +640,11 @@ def test_a_directory_as_large_as_the_file(refused):
 
 
 def test_files_that_are_no_archive(refused):
-    refused(b"\x80\x02" + torch_bin.LEGACY + b".\x80\x02M\xe9\x03.", "torch before 1.6", "save it again", "safetensors")
     for content in (
         b"",
         b"PK",
         b"PK\3\4",
         b"\x93NUMPY",
-        START + b"N.",
         b"PK\5\6" + bytes(18),
         bytes(100),
         b"version https://git-lfs",
@@ -618,6 +656,120 @@ def test_truncated_at_many_places(refused):
     content = GOLDEN.read_bytes()
     for end in [*range(0, 300, 13), *range(300, len(content), 4999), *range(len(content) - 60, len(content))]:
         refused(content[:end], "truncated")
+
+
+# -- files of torch before 1.6 ---------------------------------------------------------------------------------------------
+
+
+def test_the_golden_file_of_the_old_form():
+    """A state dict with versions of modules; tied and turned tensors; four types; keys in no order of the tensors."""
+    tensors, wanted = read(OLD_GOLDEN), read(GOLDEN)
+    q, bias = (f"model.decoder.layers.0.self_attn.q_proj.{leaf}" for leaf in ("weight", "bias"))
+    wanted |= {"tied": wanted[q], "turned": wanted[q].T, "rows": wanted[q][::3, 2:9], "count": np.int64(7)}
+    wanted |= {"half": wanted[bias].astype("f2"), "bfloat16": wanted[bias].astype(ml_dtypes.bfloat16)}
+    assert len(tensors) == 11
+    for name, values in tensors.items():
+        assert (values.dtype, values.shape) == (wanted[name].dtype, wanted[name].shape), name
+        np.testing.assert_array_equal(values, wanted[name], name)
+
+
+def test_the_old_form_by_hand(given):
+    np.testing.assert_array_equal(given(legacy())["w"], VALUES.reshape(2, 3))
+    found = given(legacy(state(v=tensor(part=b"N"), w=tensor((3, 2), (1, 3), part=b"N"))))  # one storage, two tensors
+    np.testing.assert_array_equal(found["w"], found["v"].T)
+    assert given(legacy(START + ODICT + STOP, {})) == {}
+    empty = state(w=tensor((0, 3), (3, 1), numel=0, part=b"N"))
+    assert given(legacy(empty, {"0": VALUES[:0]}))["w"].shape == (0, 3)
+    assert len(given(legacy(keys=b"]" + text("0") + b"a"))) == 1  # as one item is appended
+
+
+@pytest.mark.parametrize(("kind", "name"), torch_pickle.STORAGES.items())
+def test_every_type_of_the_old_form(given, kind, name):
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    values = np.arange(6).astype(dtype)
+    found = given(legacy(state(w=tensor(kind=kind, part=b"N")), {"0": values}))["w"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found.ravel(), values)
+
+
+def test_storages_follow_in_the_order_of_their_keys(tmp_path):
+    (tmp_path / NAME).write_bytes(legacy(state(v=tensor(key="9"), w=tensor(key="10")), {"10": VALUES, "9": -VALUES}))
+    found = read(tmp_path / NAME)
+    np.testing.assert_array_equal(found["v"].ravel(), -VALUES)
+    np.testing.assert_array_equal(found["w"].ravel(), VALUES)
+
+
+def test_old_files_that_lie(refused):
+    count, values = struct.pack("<Q", 6), VALUES.tobytes()
+    for content, *words in (
+        (START + b"N.", "magic number NoneType"),
+        (state(w=tensor()), "magic number dict"),
+        (legacy(magic=number(torch_legacy.MAGIC + 1)), "magic number"),
+        (legacy(version=number(1000)), "version of the form 1000, wanted 1001"),
+        (legacy(version=b"\x88"), "version of the form True"),
+        (legacy(system=SYSTEM.replace(b"\x88", b"\x89")), "byte order: little_endian is False, wanted True"),
+        (legacy(system=b"}"), "byte order: little_endian is NoneType"),
+        (legacy(system=b"N"), "byte order"),
+        (legacy(START + b"N."), "it holds NoneType, wanted a dict of tensors"),
+        (legacy(START + b"NN."), "2 values on the stack"),
+        (legacy(state(w=tensor(part=b"(" + text("1") + b"K\0K\6t"))), "('1', 0, 6)) is not that of a storage"),
+        (legacy(storages={"0": count[:-1] + b"\1" + values}), "has 6 elements, at byte", "has 72057594037927942 elements"),
+        (legacy(storages={"0": struct.pack("<Q", 5) + values[:-4]}), "the file has 5 elements"),
+        (legacy(storages={"0": b"\xff" * 8 + values}), "has 6 elements"),
+        (legacy(storages={"0": struct.pack(">Q", 6) + values}), "has 6 elements"),
+        (legacy(storages={"0": count + values[:-1]}), "storage '0' ends at byte", "truncated"),
+        (legacy(storages={"0": count[:-1]}), "the file has nothing: it is truncated"),
+        (legacy() + b"\0", "the last storage ends at byte"),
+        (legacy() + legacy(), "the last storage ends at byte"),
+        (legacy(storages={"0": VALUES, "1": VALUES}), "storage '1' is in the list of keys, but in no tensor"),
+        (legacy(storages={}), "storage '0' is in the tensors, but not in the list of keys"),
+        (legacy(state(w=tensor(key="x" * 1000)), {"x" * 999: VALUES}), "storage 'xxx"),
+        (legacy(keys=listed("00")), "wanted a list of the keys of storages, each once"),
+        (legacy(keys=b"](" + text("0") + b"K\1e"), "wanted a list"),
+        (legacy(keys=b"](]]e"), "wanted a list"),
+        (legacy(keys=b"N"), "wanted a list"),
+        (legacy(keys=b"}"), "wanted a list"),
+        (legacy(keys=text("0")), "wanted a list"),
+        (legacy(state(v=tensor(), w=tensor(kind="IntStorage"))), "'w': its storage has 6 elements of int32", "6 of float32"),
+        (legacy(state(v=tensor(), w=tensor(numel=7))), "'w': its storage has 7 elements of float32, in another tensor 6"),
+        (legacy(state(w=tensor(numel=2**62)), {"0": struct.pack("<Q", 2**62) + values}), "storage '0' ends at byte 184467"),
+        (legacy(state(w=tensor(strides=(1, 1)))), "its elements overlap"),
+        (legacy(state(w=tensor(offset=1))), "6 elements from 1 on of 6"),
+    ):  # fmt: skip
+        refused(content, *words)
+
+
+@pytest.mark.parametrize("opcodes", CALLS.values(), ids=CALLS)
+def test_none_of_the_old_pickles_runs(refused, opcodes):
+    for place in ("magic", "version", "system", "keys"):
+        refused(legacy(**{place: opcodes}), "is not allowed")
+    refused(legacy(state(w=opcodes)), "is not allowed")
+
+
+def test_old_pickles_are_bounded(refused):
+    size = torch_pickle.MAX_BYTES
+    for opcodes in (b"Nq\x00" + b"h\x00q\x00\x85q\x00" * (size // 8), b"]" + b"q\x00h\x00a" * (size // 5), b"c" + bytes(size)):
+        for place in ("magic", "system", "keys"):
+            refused(legacy(**{place: opcodes}))
+    for opcodes in (b"X\xff\xff\xff\xff", b"\x95" + struct.pack("<Q", 2**40), text("x" * size)):
+        refused(legacy(keys=opcodes), f"of at most {size})")
+
+
+def test_an_old_file_truncated_anywhere(refused):
+    content = OLD_GOLDEN.read_bytes()
+    values = content.index(b"e.", content.index(b"\x80\x02]"))
+    for end in [*range(0, values, 97), *range(values + 2, len(content), 499), *range(len(content) - 9, len(content))]:
+        refused(content[:end], "truncated" if end > values + 1 or end < 1 else "")
+
+
+def test_an_old_file_that_shrinks_while_it_is_open(tmp_path):
+    size = 2**18
+    opcodes = tensor((size,), (1,), numel=size, part=b"N")
+    (tmp_path / NAME).write_bytes(legacy(state(w=opcodes), {"0": np.zeros(size, "<f4")}))
+    with torch_bin.open_tensors(tmp_path, NAME) as tensors:
+        os.truncate(tmp_path / NAME, 1000)
+        with pytest.raises(ValueError, match=r"tensor 'w' is damaged"):
+            tensors["w"].read()
 
 
 def test_links_and_missing_files(tmp_path):

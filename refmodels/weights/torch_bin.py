@@ -46,7 +46,7 @@ def _open_file(stack: ExitStack, directory: Path, name: str) -> dict[str, Tensor
     try:
         file = stack.enter_context(_Bounded(io.FileIO(path)))
         size = os.fstat(file.fileno()).st_size
-        views, records = (read_legacy if file.peek(1)[:1] == b"\x80" else _read_archive)(file, shown, size)
+        views, records = (read_legacy if file.peek(1)[:1] == b"\x80" else _read_archive)(file, shown)
     except OSError as error:
         raise CheckpointError(f"{shown}: cannot be read: {error}") from None
     tensors = {tensor: _tensor(file, shown, tensor, view, records) for tensor, view in views.items()}
@@ -67,7 +67,7 @@ class _Bounded(io.BufferedReader):
         return content
 
 
-def _read_archive(file: _Bounded, shown: Path, _: int) -> tuple[dict[str, View], dict[str, Record]]:
+def _read_archive(file: _Bounded, shown: Path) -> tuple[dict[str, View], dict[str, Record]]:
     """The tensors by their names, and the records of the storages by their keys."""
     entries = _entries(file, shown)
     order = _content(file, entries, "byteorder", shown) if "byteorder" in entries else b"little"

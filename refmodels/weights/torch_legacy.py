@@ -6,6 +6,7 @@ in the pickles is run: see `torch_pickle`.
 """
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 """The first and the second pickle."""
 
 
-def read_legacy(file: io.BufferedReader, shown: Path, size: int) -> tuple[dict[str, View], dict[str, Record]]:
+def read_legacy(file: io.BufferedReader, shown: Path) -> tuple[dict[str, View], dict[str, Record]]:
     """The tensors by their names, and the records of the storages by their keys, which fill the file to its last byte.
 
-    The file has `size` bytes and is called `shown`: ValueError says so of one that is not sound.
+    ValueError that starts with `shown` for a file that is not sound. None of the values is read.
     """
-    source = str(shown)
+    source, size = str(shown), os.fstat(file.fileno()).st_size
     stream = io.BytesIO(file.read(min(size, MAX_BYTES)))
     for wanted, what in ((MAGIC, "magic number"), (VERSION, "version of the form")):
         found = read_pickle(stream, source)

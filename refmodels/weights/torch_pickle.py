@@ -298,6 +298,6 @@ def short(value: Any) -> str:
     """A value for a message, never a long one, however large it is."""
     if type(value) is tuple:
         return f"({', '.join(map(short, value[:8]))}{', ...' if len(value) > 8 else ''})"
-    return (
-        repr(value[:100]) if type(value) is str else str(value) if type(value) is int and abs(value) < 2**64 else _kind(value)
-    )
+    if type(value) in (bool, int) and abs(value) < 2**64:
+        return str(value)
+    return repr(value[:100]) if type(value) is str else _kind(value)
