@@ -213,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--max-shard-size", type=float, metavar="GIB", help="largest weight file (default: 10 for keras, 5 for hf)"
     )
+    convert.add_argument("--dequantize", action="store_true", help="write int8 or int4 weights as the numbers they stand for")
     convert.add_argument("--force", action="store_true", help="replace DST as a whole, when all is written")
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -684,7 +685,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
             unfinished_line = True
         stopper.between_tensors(done < total)
 
-    options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "force")}
+    options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "force", "dequantize")}
     try:
         with stopper.listening(), redirect_stdout(sys.stderr):  # downloads report their progress on either stream
             converted = convert(arguments.source, arguments.target, arguments.to, progress=progress, **options)

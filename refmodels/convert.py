@@ -36,6 +36,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: float | None = None,
     force: bool = False,
+    dequantize: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
     """Write the preset `source`, its tokenizer included, to the directory `target`.
@@ -44,6 +45,7 @@ def convert(
     dtype           of `DTYPES`; by default the type the weights are stored in
     max_shard_size  GiB
     force           replace a directory that is there, as a whole, when the new one is complete
+    dequantize      turn integers into the numbers that they stand for; Hugging Face's form holds no others
 
     The target appears when it is complete. FileExistsError for a target with files in it and ValueError for one that lies in
     the source or around it come before weights are read; for the rest see `loading`, `save_to_preset` and `save_to_hf`.
@@ -60,6 +62,8 @@ def convert(
     directory = located.fetch()
     with staged(target, replace=True) as place:
         task = Task.from_preset(directory, dtype=dtype or stored_policy(directory))
+        if dequantize and task.backbone.quantization is not None:
+            task.backbone.dequantize()
         if form == "keras":
             tensors = write_preset(task, place, size, progress)
         else:

@@ -115,7 +115,9 @@ def write_hugging_face(
     shared: dict[str, list[tuple[Parameter, Array]]] = {}  # BLOOM's query, key and value are one tensor
     for parameter, values in leaves(backbone):
         if values.dtype.name not in FLOATS:
-            raise ValueError(f"{parameter.path} is quantised, which these files cannot hold: call dequantize() first")
+            raise ValueError(
+                f"{parameter.path} is quantised, which these files cannot hold: call dequantize(), or convert with --dequantize"
+            )
         shared.setdefault(huggingface.stored_name(parameter, family), []).append((parameter, values))
     target = numpy_dtype(dtype or backbone.variable_dtype)
     token_ids = huggingface.TOKEN_IDS[family]

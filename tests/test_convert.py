@@ -118,6 +118,16 @@ def test_quantised_weights_stay_as_they_are(tmp_path):
     assert names(tmp_path) == ["again", "int8"]
 
 
+def test_quantised_weights_can_become_plain_ones(tmp_path):
+    model = OPTBackbone(**SIZES, seed=0)
+    model.quantize("int8")
+    model.save_to_preset(tmp_path / "int8")
+    assert run(tmp_path / "int8", tmp_path / "hf", "--to", "hf", "--dequantize") == 0
+    plain = Backbone.from_preset(tmp_path / "hf")
+    model.dequantize()
+    assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(flatten(model.params), flatten(plain.params), strict=True))
+
+
 # -- what is refused, and that nothing is left of it ----------------------------------------------------------------------
 
 
