@@ -105,11 +105,12 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], rows: int) -> "list[Sampling]":
-        """One for each row: a list or tuple among the settings has an entry for each row, anything else serves them all."""
+        """One for each row: a list, tuple or array among the settings has an entry for each, anything else serves them all."""
         known = [field.name for field in fields(cls)]
         unknown = [name for name in settings if name not in known]
         if unknown:
             raise TypeError(f"generate has no argument {unknown[0]!r}; settings of the sampler are: {', '.join(known)}")
+        settings = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in settings.items()}
         for name, value in settings.items():
             if isinstance(value, list | tuple) and len(value) != rows:
                 raise ValueError(f"{name} has {len(value)} entries, wanted one value or {rows}, one for each row")

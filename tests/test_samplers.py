@@ -520,3 +520,8 @@ def test_no_room_for_new_tokens_gives_none(family):
     for settings in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}, {"penalty_alpha": 0.5}):
         output = task_of(family).generate(inputs, max_length=2, stop_token_ids=None, strip_prompt=True, **settings)
         assert tokens(output) == [[]] * settings.get("num_return_sequences", 1)
+
+
+def test_settings_for_each_row_may_be_an_array():
+    rows = Sampling.of({"temperature": np.array([1.0, 2.0]), "top_k": np.array([3, 4]), "seed": 5}, 2)
+    assert rows == [Sampling(temperature=1.0, top_k=3, seed=5), Sampling(temperature=2.0, top_k=4, seed=5)]
