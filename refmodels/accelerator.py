@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from refmodels.numerics import UNIT_ROUNDOFF
 from refmodels.op import Op, Params, executing
 
 if TYPE_CHECKING:
@@ -50,11 +51,25 @@ class Accelerator:
     """Kernels for some ops, and how arrays of their kind come and go.
 
     `strict` turns a host crossing into an error. `crossings` counts them by op name. The contract is in `accel/README.md`.
+    Three attributes say what is claimed, for `refmodels check` to hold the accelerator to it:
+
+    dtypes      types of activations that its kernels are for; the reference runs the others
+    tiles       sizes at which its kernels begin another block: sizes about them are tried
+    invariant   a row's result is the same bits whatever its batch, padding, chunks and number of threads, and in every run
     """
 
-    def __init__(self, name: str, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        strict: bool = False,
+        dtypes: tuple[str, ...] = tuple(UNIT_ROUNDOFF),
+        tiles: tuple[int, ...] = (),
+        invariant: bool = False,
+    ) -> None:
         self.name = name
         self.strict = strict
+        self.dtypes, self.tiles, self.invariant = dtypes, tiles, invariant
         self.crossings: Counter[str] = Counter()
         self._kernels: dict[Op[..., Any], list[Registered]] = {}
         self._counting = threading.Lock()
@@ -166,6 +181,15 @@ class Accelerator:
         """This accelerator's array as a NumPy array."""
         return np.asarray(x)
 
+    def configured(self, **settings: Any) -> "Accelerator":
+        """This accelerator with other settings, such as `threads=2`. AcceleratorError for a setting that it does not have."""
+        for name in settings:
+            raise AcceleratorError(f"accelerator {self.name!r} has no setting {name!r}")
+        return self
+
+    def compile(self, report: Callable[[str], None]) -> None:
+        """Make ready whatever would otherwise be compiled when first used; `report` is given lines that say how far it is."""
+
     def missing(self) -> str | None:
         """None, or the reason why this accelerator cannot run on this machine."""
         return None
@@ -205,12 +229,14 @@ def installed() -> "dict[str, EntryPoint]":
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def find(accelerator: "str | Accelerator | None") -> Accelerator | None:
-    """The accelerator of this name, imported now. None and `reference` give None: the reference itself."""
+def find(accelerator: "str | Accelerator | None", **settings: Any) -> Accelerator | None:
+    """The accelerator of this name, imported now, with these settings. None and `reference` give None: the reference."""
     if accelerator is None or accelerator == REFERENCE:
+        if settings:
+            raise AcceleratorError(f"the reference has no setting {next(iter(settings))!r}")
         return None
     if isinstance(accelerator, Accelerator):
-        return accelerator
+        return accelerator.configured(**settings)
     if not isinstance(accelerator, str):
         raise TypeError(f"accelerator must be a name, an Accelerator or None, got {type(accelerator).__name__}")
     found = plugin(accelerator)
@@ -220,7 +246,7 @@ def find(accelerator: "str | Accelerator | None") -> Accelerator | None:
         raise AcceleratorError(f"accelerator {accelerator!r} cannot say whether it can run here: {_told(error)}") from error
     if reason is not None:
         raise AcceleratorError(f"accelerator {accelerator!r} cannot run here: {reason}")
-    return found
+    return found.configured(**settings) if settings else found
 
 
 def plugin(name: str) -> Accelerator:

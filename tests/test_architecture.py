@@ -24,7 +24,7 @@ ARROWS = {
     "files": set(),
     "op": {"numerics"},
     "ops": {"ops", "op", "numerics"},
-    "accelerator": {"op"},
+    "accelerator": {"numerics", "op"},
     "parameters": {"op", "ops"},
     "arguments": {"ops"},
     "quantization": {"arguments", "op", "ops", "parameters"},
