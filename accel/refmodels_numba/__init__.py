@@ -1,0 +1,9 @@
+"""T5, OPT and BLOOM on the CPU: kernels that Numba compiles once, for float32, float16, bfloat16, int8 and int4 weights.
+
+`numba` is the accelerator, found by its name: `from_preset(..., accelerator="numba")`. Numba itself is imported only to compile.
+"""
+
+from refmodels_numba import attention, cache, elementwise, linear, norm, opt, quantize  # each registers its kernels
+from refmodels_numba.accelerator import Numba, numba
+
+__all__ = ["Numba", "attention", "cache", "elementwise", "linear", "norm", "numba", "opt", "quantize"]

@@ -1,0 +1,179 @@
+"""Weights as the kernels read them, and back: matrices in panels of sixteen columns, bit for bit the same numbers."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refmodels.op import Array
+from refmodels.ops.quantize import pack_int4, unpack_int4
+from refmodels_numba.layout import FLOAT32, INT4, INT8, INTEGER, LANES, STORED
+
+
+class Packed:
+    """A matrix in panels, in place of the host's leaf.
+
+    shape, dtype   those of the host's leaf
+    kind           how it is stored (`layout`): float32, bfloat16, float16, int8, int4, or int8 for products with int8
+    panels         [panels, ...], panel after panel (`layout`); the last is filled up with zeros
+    k, n           rows and columns of the matrix; a table of embeddings (v, n) is the matrix (n, v) of its head: `by_rows`
+    axis           of int4: the axis along which the host's leaf packs two numbers in a byte
+    scales, zeros, block   of int4: float32 [panels, groups, 16] each, and the length of a group along k, which is even
+    """
+
+    def __init__(
+        self,
+        leaf: Array,
+        kind: int,
+        panels: Array,
+        k: int,
+        n: int,
+        *,
+        by_rows: bool = False,
+        axis: int = 0,
+        scales: Array | None = None,
+        zeros: Array | None = None,
+        block: int = 1,
+    ) -> None:
+        self.shape, self.dtype = leaf.shape, leaf.dtype
+        self.kind, self.panels, self.k, self.n = kind, panels, k, n
+        self.by_rows, self.axis, self.scales, self.zeros, self.block = by_rows, axis, scales, zeros, block
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels, and of int4 groups' scales and zeros."""
+        return sum(part.nbytes for part in (self.panels, self.scales, self.zeros) if part is not None)
+
+    @property
+    def address(self) -> int:
+        """Where the panels are."""
+        return address(self.panels)
+
+    def matrix(self) -> Array:
+        """The matrix (k, n) in its stored type; int4 numbers as int8."""
+        panels = self.panels
+        if self.kind == INTEGER:
+            panels = panels.transpose(0, 1, 3, 2).reshape(len(panels), -1, LANES)
+        elif self.kind == INT4:
+            halves = np.stack([panels << 4 >> 4, panels >> 4], 2)  # the sign of four bits is kept
+            panels = halves.reshape(len(panels), -1, LANES)
+        rows = panels[:, : self.k].transpose(1, 0, 2).reshape(self.k, len(panels) * LANES)
+        return rows[:, : self.n]
+
+    def unpacked(self) -> Array:
+        """The host's leaf again."""
+        matrix = self.matrix()
+        if self.by_rows:
+            matrix = matrix.T
+        if self.kind == INT4:
+            return np.ascontiguousarray(pack_int4.reference(matrix, axis=self.axis)).astype(self.dtype, copy=False)
+        return np.ascontiguousarray(matrix).view(self.dtype).reshape(self.shape)
+
+    def rows(self, ids: Array) -> Array:
+        """Rows of a table by their numbers, (ids, k), in the stored type."""
+        panel, lane = np.divmod(ids, LANES)
+        if self.kind == INTEGER:
+            return self.panels[panel, :, lane].reshape(len(ids), -1)[:, : self.k]
+        if self.kind == INT4:
+            packed = self.panels[panel, :, lane]
+            return np.stack([packed << 4 >> 4, packed >> 4], 2).reshape(len(ids), -1)[:, : self.k]
+        rows = self.panels[panel, :, lane]
+        return rows if self.kind == FLOAT32 or self.dtype.kind == "i" else rows.view(self.dtype)
+
+
+def address(array: Array) -> int:
+    """Where an array's first element is."""
+    return int(array.__array_interface__["data"][0])
+
+
+def _panels(matrix: Array) -> Array:
+    """[n/16, k, 16] of a matrix (k, n)."""
+    k, n = matrix.shape
+    full = n // LANES
+    panels = np.empty((-(-n // LANES), k, LANES), matrix.dtype)
+    panels[:full] = matrix[:, : full * LANES].reshape(k, full, LANES).transpose(1, 0, 2)
+    if full < len(panels):
+        panels[full] = 0
+        panels[full, :, : n - full * LANES] = matrix[:, full * LANES :]
+    return panels
+
+
+def _row_panels(table: Array, *, owned: bool) -> Array:
+    """[v/16, n, 16] of a table (v, n), in its own memory if that is ours."""
+    v, n = table.shape
+    if v % LANES == 0 and owned and table.flags.c_contiguous and table.flags.writeable and table.flags.owndata:
+        panels = table.reshape(v // LANES, n, LANES)
+    else:
+        panels = np.empty((-(-v // LANES), n, LANES), table.dtype)
+    for i, panel in enumerate(panels):
+        rows = table[i * LANES : (i + 1) * LANES]
+        if len(rows) < LANES:
+            panel[...] = 0
+        panel[:, : len(rows)] = rows.T.copy()
+    return panels
+
+
+def packed(leaf: Array, *, by_rows: bool = False, owned: bool = False) -> Packed:
+    """A matrix (or an array of more axes, the first of which is k) of floats; a table (v, n) if `by_rows`."""
+    matrix = leaf if leaf.dtype == np.float32 else leaf.view(np.uint16)
+    if by_rows:
+        return Packed(leaf, STORED[leaf.dtype.name], _row_panels(matrix, owned=owned), leaf.shape[1], leaf.shape[0], by_rows=True)
+    matrix = matrix.reshape(len(leaf), math.prod(leaf.shape[1:]))
+    return Packed(leaf, STORED[leaf.dtype.name], _panels(matrix), *matrix.shape)
+
+
+def packed_int8(leaf: Array, *, by_rows: bool = False, integer: bool) -> Packed:
+    """An int8 matrix (k, n), or table (v, n); for products with int8 inputs if `integer`, else with floats."""
+    matrix = leaf.T if by_rows else leaf
+    k, n = matrix.shape
+    if not integer:
+        return Packed(leaf, INT8, _panels(matrix), k, n, by_rows=by_rows)
+    if k % 2:
+        matrix = np.concatenate([matrix, np.zeros((1, n), np.int8)])
+    panels = _panels(matrix)
+    pairs = panels.reshape(len(panels), len(matrix) // 2, 2, LANES).transpose(0, 1, 3, 2)
+    return Packed(leaf, INTEGER, np.ascontiguousarray(pairs), k, n, by_rows=by_rows)
+
+
+def packed_int4(leaf: Array, scale: Array, zero: Array, block: int, k: int, n: int, *, by_rows: bool, axis: int) -> Packed:
+    """Packed int4 numbers of a matrix (k, n) in groups of `block` along k, or of a table (n, k) if `by_rows`.
+
+    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`.
+    """
+    values = unpack_int4.reference(leaf, leaf.shape[axis] * 2, axis=axis)
+    values, scale, zero = (part.T if by_rows else part for part in (values, scale, zero))
+    panels = _panels(values[:k, :n])
+    if k % 2:
+        panels = np.concatenate([panels, np.zeros((len(panels), 1, LANES), np.int8)], 1)
+    both = (panels[:, 0::2] & 15) | (panels[:, 1::2] << 4)
+    groups = [_panels(np.ascontiguousarray(part, np.float32)) for part in (scale, zero)]
+    scales, zeros = groups
+    return Packed(leaf, INT4, both, k, n, by_rows=by_rows, axis=axis, scales=scales, zeros=zeros, block=block)
+
+
+def group_length(g_idx: Array) -> int | None:
+    """The length of the groups that g_idx numbers, the last of which may be shorter; None unless they are even runs."""
+    g = np.asarray(g_idx).astype(np.int64)
+    block = int((g == 0).sum())
+    if block == 0 or not np.array_equal(g, np.arange(len(g)) // block):
+        return None
+    return block if block % 2 == 0 or block >= len(g) else None
+
+
+def mapped(tree: Any, leaf: Any) -> Any:
+    """A tree with leaf(x) in place of every x that is neither a dictionary nor a list; private entries are left out."""
+    if isinstance(tree, dict):
+        return {name: mapped(part, leaf) for name, part in tree.items() if not name.startswith("_")}
+    if isinstance(tree, list):
+        return [mapped(part, leaf) for part in tree]
+    return leaf(tree)
+
+
+def unpacked(leaf: Any) -> Any:
+    """The host's leaf."""
+    return leaf.unpacked() if isinstance(leaf, Packed) else leaf

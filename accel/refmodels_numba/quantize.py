@@ -1,0 +1,134 @@
+"""Products with int8 and int4 weights, and look-ups in quantised tables."""
+
+from typing import Any
+
+import numpy as np
+
+from refmodels.op import Array
+from refmodels.ops import quantize as ops
+from refmodels_numba import packing
+from refmodels_numba.accelerator import kernel, numba
+from refmodels_numba.linear import check_ids, narrow_types, product
+from refmodels_numba.packing import Packed
+
+LONGEST = (2**31 - 1) // 127**2
+"""Products of int8 numbers that add up in int32."""
+
+
+def fits_int32(values: Any, *_: Any, dtype: str, **__: Any) -> bool | str:
+    """sums that fit into int32"""
+    if dtype == "float64":
+        return "float64: the reference's"
+    return values.shape[-1] <= LONGEST or f"rows of {values.shape[-1]}: sums that may not fit into int32"
+
+
+def _int8(leaf: Any, *, by_rows: bool = False, integer: bool) -> Packed:
+    return leaf if isinstance(leaf, Packed) else packing.packed_int8(leaf, by_rows=by_rows, integer=integer)
+
+
+@kernel(ops.linear_int8, when=fits_int32)
+def linear_int8(
+    values: Array, scale: Array, kernel: Any, kernel_scale: Array, bias: Array | None = None, *, dtype: str
+) -> Array:
+    """Exact sums in int32."""
+    weights = _int8(kernel, integer=True)
+    return product(values, weights, dtype, row_scales=scale, column_scale=kernel_scale, bias=bias)
+
+
+@kernel(ops.logits_int8, when=fits_int32)
+def logits_int8(values: Array, scale: Array, embeddings: Any, embeddings_scale: Array, *, dtype: str) -> Array:
+    """Exact sums in int32."""
+    weights = _int8(embeddings, by_rows=True, integer=True)
+    return product(values, weights, dtype, row_scales=scale, column_scale=embeddings_scale)
+
+
+@kernel(ops.linear_weight_int8, when=narrow_types)
+def linear_weight_int8(
+    x: Array, kernel: Any, kernel_scale: Array, bias: Array | None = None, *, dtype: str | None = None
+) -> Array:
+    """Weights are widened in registers."""
+    return product(x, _int8(kernel, integer=False), dtype or x.dtype.name, column_scale=kernel_scale, bias=bias)
+
+
+@kernel(ops.logits_weight_int8, when=narrow_types)
+def logits_weight_int8(x: Array, embeddings: Any, embeddings_scale: Array) -> Array:
+    """Weights are widened in registers."""
+    return product(x, _int8(embeddings, by_rows=True, integer=False), x.dtype.name, column_scale=embeddings_scale)
+
+
+def even_groups(
+    x: Any, kernel: Any, kernel_scale: Any, kernel_zero: Any, g_idx: Any, *_: Any, dtype: str | None = None, **__: Any
+) -> bool | str:
+    """groups of one even length"""
+    if x.dtype == np.float64 or dtype == "float64":
+        return "float64: the reference's"
+    if isinstance(kernel, Packed) or packing.group_length(g_idx) is not None:
+        return True
+    return "groups that are not runs of one even length"
+
+
+@kernel(ops.linear_int4, when=even_groups)
+def linear_int4(
+    x: Array,
+    kernel: Any,
+    kernel_scale: Array,
+    kernel_zero: Array,
+    g_idx: Array,
+    bias: Array | None = None,
+    *,
+    axis: int = -1,
+    dtype: str | None = None,
+) -> Array:
+    """Weights are made in registers."""
+    if not isinstance(kernel, Packed):
+        k, n, block = len(g_idx), kernel_scale.shape[1], packing.group_length(g_idx)
+        assert block is not None
+        kernel = packing.packed_int4(kernel, kernel_scale, kernel_zero, block, k, n, by_rows=False, axis=axis)
+    return product(x, kernel, dtype or x.dtype.name, bias=bias)
+
+
+def even_groups_of_table(x: Any, embeddings: Any, embeddings_scale: Any, embeddings_zero: Any, g_idx: Any) -> bool | str:
+    """groups of one even length"""
+    return even_groups(x, embeddings, embeddings_scale, embeddings_zero, g_idx)
+
+
+@kernel(ops.logits_int4, when=even_groups_of_table)
+def logits_int4(x: Array, embeddings: Any, embeddings_scale: Array, embeddings_zero: Array, g_idx: Array) -> Array:
+    """Weights are made in registers."""
+    if not isinstance(embeddings, Packed):
+        k, n, block = len(g_idx), len(embeddings_scale), packing.group_length(g_idx)
+        assert block is not None
+        embeddings = packing.packed_int4(
+            embeddings, embeddings_scale, embeddings_zero, block, k, n, by_rows=True, axis=-1
+        )
+    return product(x, embeddings, x.dtype.name)
+
+
+def packed_table(ids: Any, embeddings: Any, *_: Any, **__: Any) -> bool | str:
+    """packed tables"""
+    return True if isinstance(embeddings, Packed) else "a plain table: NumPy looks up as fast"
+
+
+@kernel(ops.embedding_int8, when=packed_table)
+def embedding_int8(ids: Array, embeddings: Packed, embeddings_scale: Array, *, dtype: str) -> Array:
+    """Rows of a packed table."""
+    check_ids(ids, embeddings)
+    flat = ids.reshape(-1)
+    rows, places = embeddings.rows(flat), np.arange(len(flat)).reshape(ids.shape)
+    return ops.embedding_int8.reference(places, rows, embeddings_scale[flat], dtype=dtype)
+
+
+@kernel(ops.embedding_int4, when=packed_table)
+def embedding_int4(
+    ids: Array, embeddings: Packed, embeddings_scale: Array, embeddings_zero: Array, g_idx: Array, *, dtype: str
+) -> Array:
+    """Rows of a packed table."""
+    check_ids(ids, embeddings)
+    flat = ids.reshape(-1)
+    rows, places = ops.pack_int4.reference(embeddings.rows(flat)), np.arange(len(flat)).reshape(ids.shape)
+    parts = rows, embeddings_scale[flat], embeddings_zero[flat]
+    return ops.embedding_int4.reference(places, *parts, g_idx, dtype=dtype)
+
+
+for op in (ops.row_scale, ops.quantize_rows):
+    numba.kernel(op, when="part of fused kernels; alone NumPy's few passes")(op.reference)
