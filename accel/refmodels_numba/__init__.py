@@ -3,7 +3,7 @@
 `numba` is the accelerator, found by its name: `from_preset(..., accelerator="numba")`. Numba itself is imported only to compile.
 """
 
-from refmodels_numba import attention, cache, elementwise, linear, norm, opt, quantize  # each registers its kernels
+from refmodels_numba import attention, bloom, cache, elementwise, linear, norm, opt, quantize, t5  # each registers its kernels
 from refmodels_numba.accelerator import Numba, numba
 
-__all__ = ["Numba", "attention", "cache", "elementwise", "linear", "norm", "numba", "opt", "quantize"]
+__all__ = ["Numba", "attention", "bloom", "cache", "elementwise", "linear", "norm", "numba", "opt", "quantize", "t5"]

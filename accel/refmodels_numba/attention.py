@@ -12,7 +12,9 @@ from refmodels_numba.blocks import Block, Call
 from refmodels_numba.layout import GIVEN_BIAS, NO_BIAS, STORED
 
 
-def narrow_and_sure(query: Any, key: Any, value: Any, *_: Any, dropout_rate: float = 0.0, rng: Any = None, **__: Any) -> bool | str:
+def narrow_and_sure(
+    query: Any, key: Any, value: Any, *_: Any, dropout_rate: float = 0.0, rng: Any = None, **__: Any
+) -> bool | str:
     """float32, float16 and bfloat16, without dropout"""
     if any(part.dtype.name not in STORED for part in (query, key, value)):
         return "float64: the reference's"

@@ -112,7 +112,17 @@ class Block(Program):
         )
 
     def attend(
-        self, query: Slot, keys: Slot, values: Slot, out: Slot, heads: int, size: int, *, prefix: str, kind: int, **operands: Any
+        self,
+        query: Slot,
+        keys: Slot,
+        values: Slot,
+        out: Slot,
+        heads: int,
+        size: int,
+        *,
+        prefix: str,
+        kind: int,
+        **operands: Any,
     ) -> None:
         """Attention to keys and values whose strides, mask and number are slots that begin with `prefix`."""
         strides = {
@@ -213,7 +223,9 @@ class Call:
         first = layers[0]["key"]
         end = self.t + (0 if start is None else int(start.max(initial=0)))
         if (start is not None and start.min(initial=0) < 0) or end > min(length, first.shape[1]):
-            raise ShapeError(f"positions up to {end - 1} are written, but {length} of the cache's {first.shape[1]} are looked at")
+            raise ShapeError(
+                f"positions up to {end - 1} are written, but {length} of the cache's {first.shape[1]} are looked at"
+            )
         for i, layer in enumerate(layers):
             for name in ("key", "value"):
                 if layer[name].strides != layers[0][name].strides or layer[name].shape != first.shape:
@@ -221,6 +233,17 @@ class Call:
                 self.array(f"{name}{i}", layer[name])
         self.keys_values("", first, layers[0]["value"], length)
         self.start(start)
+
+    def encoded(self, layers: list[Params], padding_mask: Array | None) -> None:
+        """Keys and values of the encoder's output for each layer, and if given its padding mask (b, s)."""
+        for i, layer in enumerate(layers):
+            for name in ("key", "value"):
+                if layer[name].strides != layers[0][name].strides or layer[name].shape != layers[0][name].shape:
+                    raise ShapeError(f"the encoder's {name} for layer {i} is not like that for layer 0")
+                self.array(f"cross_{name}{i}", layer[name])
+        self.keys_values("cross_", layers[0]["key"], layers[0]["value"], layers[0]["key"].shape[1])
+        if padding_mask is not None:
+            self.mask("cross_", padding_mask[:, None, None, :])
 
     def start(self, start: Array | None) -> None:
         """Where each row's tokens begin in the cache; None is 0."""

@@ -46,8 +46,6 @@ def silu(x: Array) -> Array:
     return _activated(x, "silu")
 
 
-
-
 for op in (ops.add, ops.multiply, ops.scaled, ops.relu, ops.linear_activation):
     # In a fused kernel these are part of the product before them; alone they are one pass in NumPy as well.
     numba.kernel(op, when="one pass in NumPy too")(op.reference)

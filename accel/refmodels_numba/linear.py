@@ -92,9 +92,7 @@ def check_ids(ids: Array, table: Packed) -> None:
 
 
 @kernel(ops.lora_product, when=narrow_types)
-def lora_product(
-    x: Array, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Array, *, dtype: str | None = None
-) -> Array:
+def lora_product(x: Array, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Array, *, dtype: str | None = None) -> Array:
     """Two products with packed panels."""
     _, groups, rank = lora_kernel_a.shape
     a = lora_kernel_a if isinstance(lora_kernel_a, Packed) else packing.packed(lora_kernel_a)

@@ -144,7 +144,13 @@ def _linked(code: bytes, symbol: str) -> Callable[[int, int, int, int], None]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for name in ("numba_do_raise", "numba_gil_ensure", "numba_gil_release", "numba_runtime_build_excinfo_struct", "numba_unpickle"):
+    for name in (
+        "numba_do_raise",
+        "numba_gil_ensure",
+        "numba_gil_release",
+        "numba_runtime_build_excinfo_struct",
+        "numba_unpickle",
+    ):
         if llvm.address_of_symbol(name) is None:  # of Numba's wrapper: called when a kernel raises, which none does
             llvm.add_symbol(name, abort)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine())

@@ -122,7 +122,9 @@ def packed(leaf: Array, *, by_rows: bool = False, owned: bool = False) -> Packed
     """A matrix (or an array of more axes, the first of which is k) of floats; a table (v, n) if `by_rows`."""
     matrix = leaf if leaf.dtype == np.float32 else leaf.view(np.uint16)
     if by_rows:
-        return Packed(leaf, STORED[leaf.dtype.name], _row_panels(matrix, owned=owned), leaf.shape[1], leaf.shape[0], by_rows=True)
+        return Packed(
+            leaf, STORED[leaf.dtype.name], _row_panels(matrix, owned=owned), leaf.shape[1], leaf.shape[0], by_rows=True
+        )
     matrix = matrix.reshape(len(leaf), math.prod(leaf.shape[1:]))
     return Packed(leaf, STORED[leaf.dtype.name], _panels(matrix), *matrix.shape)
 

@@ -130,7 +130,5 @@ class Program:
         team.run(code, scratch, alone=self.weight_bytes * rows + 4 * keys * rows < FEW)
         return {
             name: memory[start + offset : start + offset + 4 * sizes[count] * width].view(np.float32)
-            for name, offset, (count, width) in (
-                (name, offset, self._buffers[name]) for name, offset in offsets.items()
-            )
+            for name, offset, (count, width) in ((name, offset, self._buffers[name]) for name, offset in offsets.items())
         }

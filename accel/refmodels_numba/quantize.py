@@ -98,9 +98,7 @@ def logits_int4(x: Array, embeddings: Any, embeddings_scale: Array, embeddings_z
     if not isinstance(embeddings, Packed):
         k, n, block = len(g_idx), len(embeddings_scale), packing.group_length(g_idx)
         assert block is not None
-        embeddings = packing.packed_int4(
-            embeddings, embeddings_scale, embeddings_zero, block, k, n, by_rows=True, axis=-1
-        )
+        embeddings = packing.packed_int4(embeddings, embeddings_scale, embeddings_zero, block, k, n, by_rows=True, axis=-1)
     return product(x, embeddings, x.dtype.name)
 
 
