@@ -23,8 +23,8 @@ KEYS = 64
 NO_BIAS, GIVEN_BIAS, RELATIVE_BIAS, ALIBI = range(4)
 REACH = 128
 """The distance from which on T5's relative bias is the same for all keys."""
-TEMPORARY = 1024
-"""Bytes at the front of a thread's scratch memory: the sums of one tile."""
+TEMPORARY = 2048
+"""Bytes at the front of a thread's scratch memory: the sums of one tile, and half way those of one int4 group."""
 
 INSTRUCTIONS = {
     "linear": "rows x k n weights kind scales zeros block bias factor row_scales activation gate residual out rounding "

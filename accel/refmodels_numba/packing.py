@@ -18,7 +18,9 @@ class Packed:
     panels         [panels, ...], panel after panel (`layout`); the last is filled up with zeros
     k, n           rows and columns of the matrix; a table of embeddings (v, n) is the matrix (n, v) of its head: `by_rows`
     axis           of int4: the axis along which the host's leaf packs two numbers in a byte
-    scales, zeros, block   of int4: float32 [panels, groups, 16] each, and the length of a group along k, which is even
+    scales, zeros, block   of int4: float32 and int8 [panels, groups, 16], and the length of a group along k, which is even
+
+    int4 numbers and zeros are kept as 8 more than they are, from 0 to 15.
     """
 
     def __init__(
@@ -58,10 +60,9 @@ class Packed:
         """The matrix (k, n) in its stored type; int4 numbers as int8."""
         panels = self.panels
         if self.kind == INTEGER:
-            panels = panels.transpose(0, 1, 3, 2).reshape(len(panels), -1, LANES)
+            panels = panels.transpose(0, 1, 3, 2).reshape(len(panels), 2 * panels.shape[1], LANES)
         elif self.kind == INT4:
-            halves = np.stack([panels << 4 >> 4, panels >> 4], 2)  # the sign of four bits is kept
-            panels = halves.reshape(len(panels), -1, LANES)
+            panels = np.stack(_halves(panels), 2).reshape(len(panels), 2 * panels.shape[1], LANES)
         rows = panels[:, : self.k].transpose(1, 0, 2).reshape(self.k, len(panels) * LANES)
         return rows[:, : self.n]
 
@@ -78,12 +79,17 @@ class Packed:
         """Rows of a table by their numbers, (ids, k), in the stored type."""
         panel, lane = np.divmod(ids, LANES)
         if self.kind == INTEGER:
-            return self.panels[panel, :, lane].reshape(len(ids), -1)[:, : self.k]
+            return self.panels[panel, :, lane].reshape(len(ids), 2 * self.panels.shape[1])[:, : self.k]
         if self.kind == INT4:
-            packed = self.panels[panel, :, lane]
-            return np.stack([packed << 4 >> 4, packed >> 4], 2).reshape(len(ids), -1)[:, : self.k]
+            both = _halves(self.panels[panel, :, lane])
+            return np.stack(both, 2).reshape(len(ids), 2 * self.panels.shape[1])[:, : self.k]
         rows = self.panels[panel, :, lane]
         return rows if self.kind == FLOAT32 or self.dtype.kind == "i" else rows.view(self.dtype)
+
+
+def _halves(packed: Array) -> tuple[Array, Array]:
+    """The int4 numbers in the low and in the high four bits, as int8."""
+    return (packed & 15).astype(np.int8) - np.int8(8), (packed >> 4).astype(np.int8) - np.int8(8)
 
 
 def address(array: Array) -> int:
@@ -152,9 +158,10 @@ def packed_int4(leaf: Array, scale: Array, zero: Array, block: int, k: int, n: i
     panels = _panels(values[:k, :n])
     if k % 2:
         panels = np.concatenate([panels, np.zeros((len(panels), 1, LANES), np.int8)], 1)
-    both = (panels[:, 0::2] & 15) | (panels[:, 1::2] << 4)
-    groups = [_panels(np.ascontiguousarray(part, np.float32)) for part in (scale, zero)]
-    scales, zeros = groups
+    levels = (panels + np.int8(8)).view(np.uint8)
+    both = levels[:, 0::2] | levels[:, 1::2] << 4
+    scales = _panels(np.ascontiguousarray(scale, np.float32))
+    zeros = _panels(np.ascontiguousarray(zero).astype(np.int8)) + np.int8(8)
     return Packed(leaf, INT4, both, k, n, by_rows=by_rows, axis=axis, scales=scales, zeros=zeros, block=block)
 
 

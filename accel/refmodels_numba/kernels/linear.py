@@ -12,15 +12,19 @@ from refmodels_numba.kernels.vector import (
     make_tile,
     make_widening,
     make_widening_int4,
+    multiply_add,
 )
 from refmodels_numba.layout import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, INTEGER, LANES, ROW_BLOCK, TEMPORARY, tile_rows
 
 ROWS = tile_rows()
-tall, tile_4, tile_2, tile_1 = (make_tile(rows, 1, FLOAT32) for rows in (ROWS, 4, 2, 1))
+tall, tall_first, four_float32 = (
+    make_tile(rows, 1, FLOAT32, fetch_next=next) for rows, next in ((ROWS, False), (ROWS, True), (4, True))
+)
+four_bfloat16, four_float16, four_int8 = (make_tile(4, 1, kind, fetch_next=True) for kind in (BFLOAT16, FLOAT16, INT8))
 wide_float32, wide_bfloat16, wide_float16, wide_int8 = (make_tile(1, 4, kind) for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8))
-one_bfloat16, one_float16, one_int8 = (make_tile(1, 1, kind) for kind in (BFLOAT16, FLOAT16, INT8))
+one_float32, one_bfloat16, one_float16, one_int8 = (make_tile(1, 1, kind) for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8))
 wide_int4, one_int4 = make_int4_tile(2), make_int4_tile(1)
-integer_4, integer_1, wide_integer = make_integer_tile(4, 1), make_integer_tile(1, 1), make_integer_tile(1, 4)
+four_integer, one_integer, wide_integer = make_integer_tile(4, 1), make_integer_tile(1, 1), make_integer_tile(1, 4)
 widen_bfloat16, widen_float16, widen_int8 = (make_widening(kind) for kind in (BFLOAT16, FLOAT16, INT8))
 widen_int4 = make_widening_int4()
 
@@ -99,7 +103,7 @@ def finish(
 
 
 @njit(**INLINE)
-def widen(kind, source, target, k, scales, zeros, block):
+def widen(kind, source, target, k, zeros, block):
     """One panel as float32, the very numbers that the tiles for one row make in registers."""
     if kind == BFLOAT16:
         widen_bfloat16(source, target, k)
@@ -108,7 +112,69 @@ def widen(kind, source, target, k, scales, zeros, block):
     elif kind == INT8:
         widen_int8(source, target, k)
     elif kind == INT4:
-        widen_int4(source, target, scales, zeros, block, k)
+        widen_int4(source, target, zeros, block, k)
+
+
+@njit(**INLINE)
+def one_row(kind, x, k, weights, size, panels, scales, zeros, groups, block, scratch):
+    """The sums of one row and up to `panels` panels: how many of them were done."""
+    if kind == INT4:
+        if panels >= 2:
+            wide_int4(x, weights, size, scales, zeros, groups, block, scratch, k)
+            return 2
+        one_int4(x, weights, size, scales, zeros, groups, block, scratch, k)
+    elif panels >= 4:
+        if kind == FLOAT32:
+            wide_float32(x, 0, weights, size, scratch, k)
+        elif kind == BFLOAT16:
+            wide_bfloat16(x, 0, weights, size, scratch, k)
+        elif kind == FLOAT16:
+            wide_float16(x, 0, weights, size, scratch, k)
+        elif kind == INT8:
+            wide_int8(x, 0, weights, size, scratch, k)
+        else:
+            wide_integer(x, 0, weights, size, scratch, (k + 1) // 2)
+        return 4
+    elif kind == FLOAT32:
+        one_float32(x, 0, weights, size, scratch, k)
+    elif kind == BFLOAT16:
+        one_bfloat16(x, 0, weights, size, scratch, k)
+    elif kind == FLOAT16:
+        one_float16(x, 0, weights, size, scratch, k)
+    elif kind == INT8:
+        one_int8(x, 0, weights, size, scratch, k)
+    else:
+        one_integer(x, 0, weights, size, scratch, (k + 1) // 2)
+    return 1
+
+
+@njit(**INLINE)
+def sum_groups(height, x, stride, panel, k, scales, groups, block, scratch):
+    """The sums of a tile of rows by a widened panel of int4 numbers: each group's is scaled as a whole."""
+    totals, part = floats(scratch, 16 * height), scratch + TEMPORARY // 2
+    totals[:] = f32(0.0)
+    for group in range(groups):
+        first = group * block
+        length = min(block, k - first)
+        if height == 4:
+            four_float32(x + 4 * first, stride, panel + 64 * first, 0, part, length)
+        else:
+            tall(x + 4 * first, stride, panel + 64 * first, 0, part, length)
+        sums, scale = floats(part, 16 * height), floats(scales + 64 * group, 16)
+        for row in range(height):
+            for lane in range(16):
+                place = 16 * row + lane
+                totals[place] = multiply_add(scale[lane], sums[place], totals[place])
+
+
+@njit(**INLINE)
+def rows_together(kind, rows):
+    """Rows of the tiles for so many rows: one, four, or as many as there are registers for."""
+    if rows < 4:
+        return 1
+    if kind == INTEGER or rows < ROWS or (rows <= 8 and (kind == BFLOAT16 or kind == FLOAT16 or kind == INT8)):
+        return 4
+    return ROWS
 
 
 @njit(**INLINE)
@@ -121,81 +187,54 @@ def linear(
     groups = (all_panels + together - 1) // together
     panel = (chunk % groups) * together
     end = min(panel + together, all_panels)
-    row = (chunk // groups) * ROW_BLOCK
-    last = min(row + ROW_BLOCK, rows)
+    first = (chunk // groups) * ROW_BLOCK
+    last = min(first + ROW_BLOCK, rows)
     size, scale = panel_bytes(kind, k), f32(double_of(factor))
-    group_bytes = 64 * ((k + block - 1) // block) if kind == INT4 else 0
-    one_row = last - row == 1
+    stride = k + k % 2 if kind == INTEGER else 4 * k
+    parts = (k + block - 1) // block if kind == INT4 else 1  # groups that are summed by themselves and then scaled
+    height = rows_together(kind, last - first)
     while panel < end:
         at = weights + panel * size
-        scales_at, zeros_at = scales + panel * group_bytes, zeros + panel * group_bytes
-        r = row
-        count = 1
-        if one_row:
-            given = x + 4 * r * k
-            if kind == INT4:
-                if panel + 2 <= end:
-                    count = 2
-                    wide_int4(given, at, size, scales_at, zeros_at, group_bytes, block, scratch, k)
-                else:
-                    one_int4(given, at, size, scales_at, zeros_at, group_bytes, block, scratch, k)
-            elif panel + 4 <= end:
-                count = 4
-                if kind == FLOAT32:
-                    wide_float32(given, 0, at, size, scratch, k)
-                elif kind == BFLOAT16:
-                    wide_bfloat16(given, 0, at, size, scratch, k)
-                elif kind == FLOAT16:
-                    wide_float16(given, 0, at, size, scratch, k)
-                elif kind == INT8:
-                    wide_int8(given, 0, at, size, scratch, k)
-                else:
-                    wide_integer(x + r * (k + k % 2), 0, at, size, scratch, (k + 1) // 2)
-            elif kind == FLOAT32:
-                tile_1(given, 0, at, size, scratch, k)
-            elif kind == BFLOAT16:
-                one_bfloat16(given, 0, at, size, scratch, k)
-            elif kind == FLOAT16:
-                one_float16(given, 0, at, size, scratch, k)
-            elif kind == INT8:
-                one_int8(given, 0, at, size, scratch, k)
-            else:
-                integer_1(x + r * (k + k % 2), 0, at, size, scratch, (k + 1) // 2)
-            finish(
-                scratch, kind, r, 1, panel, count, n, scales, bias, scale, row_scales, activation, gate, residual, out,
-                rounding, residual_rounding,
-            )  # fmt: skip
-            panel += count
+        scales_at, zeros_at = scales + 64 * panel * parts, zeros + 16 * panel * parts
+        panels = 1
+        if height == 1:
+            for row in range(first, last):
+                panels = one_row(kind, x + row * stride, k, at, size, end - panel, scales_at, zeros_at, parts, block, scratch)
+                finish(
+                    scratch, kind, row, 1, panel, panels, n, scales, bias, scale, row_scales, activation, gate, residual, out,
+                    rounding, residual_rounding,
+                )  # fmt: skip
+            panel += panels
             continue
-        if kind != FLOAT32 and kind != INTEGER:
-            widen(kind, at, scratch + TEMPORARY, k, scales_at, zeros_at, block)
+        direct = kind == FLOAT32 or kind == INTEGER or (height == 4 and kind != INT4)
+        if not direct:
+            widen(kind, at, scratch + TEMPORARY, k, zeros_at, block)
             at = scratch + TEMPORARY
-        while r < last:
-            left = last - r
-            if kind == INTEGER:
-                stride = k + k % 2
-                count = 4 if left >= 4 else 1
-                if count == 4:
-                    integer_4(x + r * stride, stride, at, size, scratch, (k + 1) // 2)
+        row = first
+        while row < last:
+            # The last tile goes back to rows that are done, rather than be smaller; of these nothing is written again.
+            done = max(row + height - last, 0)
+            given = x + (row - done) * stride
+            if kind == INT4:
+                sum_groups(height, given, stride, at, k, scales_at, parts, block, scratch)
+            elif height == 4:
+                if kind == INTEGER:
+                    four_integer(given, stride, at, size, scratch, (k + 1) // 2)
+                elif kind == BFLOAT16:
+                    four_bfloat16(given, stride, at, size, scratch, k)
+                elif kind == FLOAT16:
+                    four_float16(given, stride, at, size, scratch, k)
+                elif kind == INT8:
+                    four_int8(given, stride, at, size, scratch, k)
                 else:
-                    integer_1(x + r * stride, stride, at, size, scratch, (k + 1) // 2)
+                    four_float32(given, stride, at, size, scratch, k)
+            elif row == first and direct:
+                tall_first(given, stride, at, size, scratch, k)
             else:
-                given = x + 4 * r * k
-                if left >= ROWS:
-                    count = ROWS
-                    tall(given, 4 * k, at, size, scratch, k)
-                elif left >= 4:
-                    count = 4
-                    tile_4(given, 4 * k, at, size, scratch, k)
-                elif left >= 2:
-                    count = 2
-                    tile_2(given, 4 * k, at, size, scratch, k)
-                else:
-                    count = 1
-                    tile_1(given, 4 * k, at, size, scratch, k)
+                tall(given, stride, at, size, scratch, k)
             finish(
-                scratch, kind, r, count, panel, 1, n, scales, bias, scale, row_scales, activation, gate, residual, out,
-                rounding, residual_rounding,
+                scratch + 64 * done, kind, row, height - done, panel, 1, n, scales, bias, scale, row_scales, activation, gate,
+                residual, out, rounding, residual_rounding,
             )  # fmt: skip
-            r += count
+            row += height - done
         panel += 1

@@ -112,10 +112,13 @@ def load_widened(builder, address, kind, count=LANES):
 
 
 def nibbles(builder, packed):
-    """Sixteen bytes as the sixteen numbers in their low four bits and the sixteen in their high four, in int32."""
-    wide = builder.sext(packed, lanes(I32))
-    low = builder.ashr(builder.shl(wide, const(lanes(I32), 28)), const(lanes(I32), 28))
-    return low, builder.ashr(wide, const(lanes(I32), 4))
+    """Sixteen bytes as the sixteen numbers from 0 to 15 in their low four bits and the sixteen in their high four."""
+    return builder.and_(packed, const(lanes(I8), 15)), builder.lshr(packed, const(lanes(I8), 4))
+
+
+def above(builder, numbers, zero):
+    """The differences of sixteen bytes, from -15 to 15, as float32."""
+    return builder.sitofp(builder.sext(builder.sub(numbers, zero), lanes(I32)), VECTOR)
 
 
 # -- intrinsics -----------------------------------------------------------------------------------------------------------
@@ -147,10 +150,11 @@ def loop(builder, start, stop, step=1):
     return cgutils.for_range_slice(builder, start, stop, number(step), inc=True)
 
 
-def make_tile(rows, panels, kind, unroll=4):
+def make_tile(rows, panels, kind, *, fetch_next=False, unroll=4):
     """tile(x, x_stride, weights, panel_stride, out, k): out[r, p, lane] = sum over k of x[r, k] * weights[p, k, lane].
 
-    `x_stride` in bytes from row to row; `out` is contiguous float32 [rows, panels * 16].
+    `x_stride` in bytes from row to row; `out` is contiguous float32 [rows, panels * 16]. With `fetch_next` the panel behind is
+    asked for meanwhile: several rows keep the core busy for long enough to hide the memory.
     """
     size = LANES * BYTES[kind]
 
@@ -162,6 +166,11 @@ def make_tile(rows, panels, kind, unroll=4):
 
         def step(i):
             loaded = [load_widened(builder, offset(builder, p, i, size), kind) for p in panel]
+            if fetch_next:
+                behind = builder.add(builder.mul(builder.add(i, k), number(size)), panel[0])
+                flags = (number(flag, I32) for flag in (0, 2, 1))  # to read, into the second cache, data
+                pointer = builder.inttoptr(behind, I8.as_pointer())
+                call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
             for r, address in enumerate(row):
                 value = splat(builder, load(builder, offset(builder, address, i, 4), F32))
                 for p, weight in enumerate(loaded):
@@ -181,28 +190,31 @@ def make_tile(rows, panels, kind, unroll=4):
 
 
 def make_int4_tile(panels):
-    """tile(x, weights, panel_stride, scales, zeros, group_stride, block, out, k), one row: groups of `block` (even) along k.
+    """tile(x, weights, panel_stride, scales, zeros, groups, block, out, k), one row: groups of `block` (even) along k.
 
-    A byte of a panel [k/2, 16] holds two numbers of one column, the even one low. scales and zeros are float32
-    [panel, group, 16], `group_stride` bytes from panel to panel.
+    A byte of a panel [k/2, 16] holds two numbers of one column, the even one low, each 8 more than it stands for; so are zeros,
+    int8 [panel, group, 16]. scales are float32 [panel, group, 16]. The sum of a group is scaled as a whole.
     """
 
     @addresses(9)
-    def tile(builder, x, weights, panel_stride, scales, zeros, group_stride, block, out, k):
+    def tile(builder, x, weights, panel_stride, scales, zeros, groups, block, out, k):
         def of_panel(base, stride):
             return [builder.add(base, builder.mul(number(p), stride)) for p in range(panels)]
 
-        panel, scale, zero = of_panel(weights, panel_stride), of_panel(scales, group_stride), of_panel(zeros, group_stride)
-        sums = [cgutils.alloca_once_value(builder, const(VECTOR, 0.0)) for _ in range(panels)]
+        panel = of_panel(weights, panel_stride)
+        scale, zero = (of_panel(base, builder.mul(groups, number(size))) for base, size in ((scales, 64), (zeros, 16)))
+        totals = [offset(builder, out, p * LANES, 4) for p in range(panels)]
+        sums = [cgutils.alloca_once(builder, VECTOR) for _ in range(panels)]
+        for place in totals:
+            store(builder, const(VECTOR, 0.0), place)
 
-        def add(p, value, integers, s, z):
-            weight = builder.fmul(builder.fsub(builder.sitofp(integers, VECTOR), z), s)
+        def add(p, value, weight):
             builder.store(fma(builder, value, weight, builder.load(sums[p])), sums[p])
 
-        groups = builder.sdiv(builder.add(k, builder.sub(block, number(1))), block)
         with loop(builder, number(0), groups) as (g, _):
-            s = [load(builder, offset(builder, scale[p], g, 4 * LANES), VECTOR) for p in range(panels)]
-            z = [load(builder, offset(builder, zero[p], g, 4 * LANES), VECTOR) for p in range(panels)]
+            z = [load(builder, offset(builder, zero[p], g, LANES), lanes(I8)) for p in range(panels)]
+            for place in sums:
+                builder.store(const(VECTOR, 0.0), place)
             first = builder.mul(g, block)
             end = builder.add(first, block)
             end = builder.select(builder.icmp_signed("<", end, k), end, k)
@@ -213,15 +225,16 @@ def make_int4_tile(panels):
                 )
                 for p in range(panels):
                     low, high = nibbles(builder, load(builder, offset(builder, panel[p], i, LANES), lanes(I8)))
-                    add(p, even, low, s[p], z[p])
-                    add(p, odd, high, s[p], z[p])
+                    add(p, even, above(builder, low, z[p]))
+                    add(p, odd, above(builder, high, z[p]))
             with builder.if_then(builder.icmp_signed("<", builder.mul(last, number(2)), end)):  # k is odd
                 value = splat(builder, load(builder, offset(builder, x, builder.mul(last, number(2)), 4), F32))
                 for p in range(panels):
                     low, _ = nibbles(builder, load(builder, offset(builder, panel[p], last, LANES), lanes(I8)))
-                    add(p, value, low, s[p], z[p])
-        for p in range(panels):
-            store(builder, builder.load(sums[p]), offset(builder, out, p * LANES, 4))
+                    add(p, value, above(builder, low, z[p]))
+            for p, place in enumerate(totals):
+                s = load(builder, offset(builder, scale[p], g, 4 * LANES), VECTOR)
+                store(builder, fma(builder, s, builder.load(sums[p]), load(builder, place, VECTOR)), place)
 
     return tile
 
@@ -239,19 +252,15 @@ def make_widening(kind):
 
 
 def make_widening_int4():
-    """widen(panel, out, scales, zeros, block, k): a panel of int4 numbers in groups as float32."""
+    """widen(panel, out, zeros, block, k): a panel of int4 numbers in groups as float32, without their scales."""
 
-    @addresses(6)
-    def widen(builder, panel, out, scales, zeros, block, k):
+    @addresses(5)
+    def widen(builder, panel, out, zeros, block, k):
         with loop(builder, number(0), k) as (i, _):
-            group = builder.sdiv(i, block)
-            s, z = (load(builder, offset(builder, base, group, 4 * LANES), VECTOR) for base in (scales, zeros))
-            packed = load(builder, offset(builder, panel, builder.sdiv(i, number(2)), LANES), lanes(I8))
-            low, high = nibbles(builder, packed)
+            z = load(builder, offset(builder, zeros, builder.sdiv(i, block), LANES), lanes(I8))
+            low, high = nibbles(builder, load(builder, offset(builder, panel, builder.sdiv(i, number(2)), LANES), lanes(I8)))
             odd = builder.trunc(builder.and_(i, number(1)), I1)
-            integers = builder.select(odd, high, low)
-            value = builder.fmul(builder.fsub(builder.sitofp(integers, VECTOR), z), s)
-            store(builder, value, offset(builder, out, i, 4 * LANES))
+            store(builder, above(builder, builder.select(odd, high, low), z), offset(builder, out, i, 4 * LANES))
 
     return widen
 
