@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `ops`, `accelerators`.
+"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `ops`, `accelerators`, `check`.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -67,10 +67,10 @@ def _run(argv: Sequence[str] | None) -> int:
         reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(argv)
-        arguments.command(arguments)
+        status = arguments.command(arguments)
     except SystemExit as exit:  # argparse: after --help, --version and errors
         return exit.code if isinstance(exit.code, int) else 0
-    return 0
+    return status or 0
 
 
 def _status(error: Exception) -> int:
@@ -228,6 +228,19 @@ def _parser() -> argparse.ArgumentParser:
     ops.add_argument("--accelerator", metavar="NAME", help="say op by op what runs on this plug-in, and why")
     ops.add_argument("--json", action="store_true", help="print JSON")
 
+    check = commands.add_parser("check", help="hold an accelerator to the reference", description=_CHECK, epilog=_CHECKED)
+    check.set_defaults(command=check_command)
+    check.add_argument("--accelerator", metavar="NAME", required=True, help="a plug-in; reference checks the check")
+    check.add_argument(
+        "--op", action="append", default=[], metavar="NAME", help="this op or law alone; 'opt_*' are several; may come again"
+    )
+    check.add_argument("--dtype", action="append", default=[], metavar="TYPE", help="this type alone; may come again")
+    check.add_argument("--examples", type=_positive, metavar="N", help="examples of each op in each type")
+    check.add_argument("--seed", type=_seed, default=0, metavar="N", help="other examples than those of seed 0")
+    check.add_argument("--example", metavar="CODE", help="one example alone: the line to paste of a failure has it")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument("--junit", metavar="FILE", help="also write FILE in JUnit's form")
+
     info = commands.add_parser(
         "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
     )
@@ -246,6 +259,11 @@ _ACCELERATORS = (
     "first that can. Imports each of them."
 )
 _OPS = "List the ops. x[*b n]: an array whose last axis has size n; ?: may be left out; p{}: a tree. Or say what runs each."
+_CHECK = (
+    "Draw examples of every op and law of models, run them on an accelerator, and hold its results to the reference by the "
+    "ops' error models. What is wrong is shown in the smallest example found, with a line to paste that shows it again."
+)
+_CHECKED = "Exit status: 0 right, 1 wrong, 2 cannot be checked here."
 _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
 
 
@@ -490,6 +508,21 @@ def accelerators_command(arguments: argparse.Namespace) -> None:
     from refmodels.cli_ops import print_accelerators
 
     print_accelerators(fastest_first(installed()), as_json=arguments.json)
+
+
+def check_command(arguments: argparse.Namespace) -> int:
+    """`refmodels check`."""
+    from refmodels.cli_check import check
+
+    options = {name: getattr(arguments, name) for name in ("examples", "example", "junit")}
+    return check(
+        arguments.accelerator,
+        ops=arguments.op,
+        dtypes=arguments.dtype,
+        seed=arguments.seed,
+        as_json=arguments.json,
+        **options,
+    )
 
 
 # -- presets --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ first, and then asks that `error <= bound`, written so that NaN fails. The bound
     exact           equal, bit pattern of NaN aside: moves, masks, buckets, argmax, relu
     ulps(k)         error <= k spacings of the true value: elementwise mathematics
     multilinear()   error <= gamma_n * op(|inputs|) + rounding of the result: products and sums of products
-    calibrated(c)   max error <= c * the reference's own error in that dtype + 8u * max|y|: norms, attention, whole layers
+    calibrated(c)   max error <= c * the reference's own error in that dtype + 8u * max|y|, and a little for long sums; what
+                    fails that is looked at again with the error that the inputs' own rounding makes: norms, attention, layers
 
 `u` is the unit roundoff; storage, accumulation and output precision are kept apart: half-precision inputs are accumulated in
 float32, so their accumulation error is float32's.
@@ -15,7 +16,7 @@ float32, so their accumulation error is float32's.
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -56,19 +57,24 @@ def multilinear() -> ErrorModel:
 
 
 def calibrated(c: float = 4.0) -> ErrorModel:
-    """At most `c` times the largest error that the reference itself makes in this type, and never less than 8u max|y|."""
+    """At most `c` times the largest error that the reference itself makes in this type, or that roundings of the inputs make,
+    and never less than 8u max|y|."""
     return ErrorModel("calibrated", c)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok`; `reason` in one sentence; `error` and `bound` at the worst element (largest error over bound), and its index."""
+    """`ok`; `reason` in one sentence; `error` and `bound` at the worst element (largest error over bound), and its index.
+
+    Of several results `place` says which one it is: the keys on the way to it.
+    """
 
     ok: bool
     reason: str
     error: float = 0.0
     bound: float = 0.0
     index: tuple[int, ...] = field(default=())
+    place: tuple[Any, ...] = field(default=())
 
     def __bool__(self) -> bool:
         return self.ok
@@ -86,6 +92,11 @@ class Judged(Protocol):
     signature: inspect.Signature
     shapes: dict[str, Any]
     result: Any
+    composite: bool
+
+
+Run = Callable[[dict[str, Any]], Any]
+"""The reference's way from inputs to results."""
 
 
 def unit_roundoff(dtype: Any) -> float:
@@ -120,26 +131,57 @@ def judge(op: Judged, args: tuple[Any, ...], kwargs: dict[str, Any], got: Any) -
 
     An op that writes to an argument is judged on what it returns: pass a copy of that argument as it was before the call.
     """
-    wanted = op.reference(*_copied(args), **_copied(kwargs))
-    truth = op.reference(*widened(_copied(args)), **widened(_copied(kwargs)))
-    return _judge_tree(op, args, kwargs, got, wanted, truth)
+    arguments = dict(op.signature.bind(*args, **kwargs).arguments)
+    return judge_run(op, lambda inputs: op.reference(**inputs), arguments, got)
 
 
-def _judge_tree(op: Judged, args: Any, kwargs: Any, got: Any, wanted: Any, truth: Any) -> Verdict:
+def judge_run(op: Judged, run: Run, inputs: dict[str, Any], got: Any) -> Verdict:
+    """Hold the results `got` of several calls to those of `run(inputs)`, which makes them on the reference.
+
+    All of them are judged by the error model of `op`, each array by itself. `run` is given copies of the inputs, in their own
+    types and widened; what is in no input, it must not let depend on a type.
+    """
+    wanted, truth = run(_copied(inputs)), run(widened(_copied(inputs)))
+    verdict = _judge_tree(op, run, inputs, got, wanted, truth, [])
+    if verdict or op.error.kind != "calibrated" or verdict.bound == 0:
+        return verdict
+    generator, size = np.random.default_rng(0), _perturbation(op, inputs)
+    times = range(4 if _is_smooth(inputs) else 16)
+    moved = [run(_perturbed(widened(_copied(inputs)), size, generator)) for _ in times]
+    return _judge_tree(op, run, inputs, got, wanted, truth, moved)
+
+
+def _judge_tree(
+    op: Judged,
+    run: Run,
+    inputs: dict[str, Any],
+    got: Any,
+    wanted: Any,
+    truth: Any,
+    moved: list[Any],
+) -> Verdict:
     if not isinstance(wanted, dict | list | tuple):
-        return _judge_array(op, args, kwargs, np.asarray(got), np.asarray(wanted), np.asarray(truth))
+        return _judge_array(op, run, inputs, np.asarray(got), np.asarray(wanted), np.asarray(truth), moved)
     if type(got) is not type(wanted) or len(got) != len(wanted):
         return Verdict(False, f"{op.name} gives {type(got).__name__}, wanted {type(wanted).__name__} of {len(wanted)}")
     for key in wanted if isinstance(wanted, dict) else range(len(wanted)):
         if isinstance(got, dict) and key not in got:
             return Verdict(False, f"{op.name} lacks {key!r}")
-        part = _judge_tree(op, args, kwargs, got[key], wanted[key], truth[key])
+        part = _judge_tree(op, run, inputs, got[key], wanted[key], truth[key], [result[key] for result in moved])
         if not part:
-            return replace(part, reason=f"[{key}]: {part.reason}")
+            return replace(part, reason=f"[{key}]: {part.reason}", place=(key, *part.place))
     return Verdict(True, f"{op.name}: every part within its bound")
 
 
-def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, truth: Array) -> Verdict:
+def _judge_array(
+    op: Judged,
+    run: Run,
+    inputs: dict[str, Any],
+    got: Array,
+    wanted: Array,
+    truth: Array,
+    moved: list[Any],
+) -> Verdict:
     if got.shape != wanted.shape:
         return Verdict(False, f"{op.name} has shape {got.shape}, wanted {wanted.shape}")
     if got.dtype != wanted.dtype:
@@ -148,10 +190,12 @@ def _judge_array(op: Judged, args: Any, kwargs: Any, got: Array, wanted: Array, 
         return _equal(got, wanted, op.name)
     condition, terms = None, 1
     if op.error.kind == "multilinear":
-        terms = _terms(op, args, kwargs)
+        terms = _terms(op, inputs)
         tiny = float(np.finfo(np.float64 if wanted.dtype == np.float64 else np.float32).tiny)
-        condition = np.asarray(op.reference(*_lifted(widened(args), tiny), **_lifted(widened(kwargs), tiny)))
-    return compare(got, truth, op.error, wanted=wanted, condition=condition, terms=terms, name=op.name)
+        condition = np.asarray(run(_lifted(widened(inputs), tiny)))
+    elif op.error.kind == "calibrated":
+        terms = _longest(inputs)
+    return compare(got, truth, op.error, wanted=wanted, condition=condition, terms=terms, moved=moved, name=op.name)
 
 
 def compare(
@@ -162,12 +206,13 @@ def compare(
     wanted: Array | None = None,
     condition: Array | None = None,
     terms: int = 1,
+    moved: Sequence[Array] = (),
     name: str = "result",
 ) -> Verdict:
     """Judge an array against the float64 truth.
 
-    `wanted` is the reference's own result in `got`'s type (calibrated), `condition` the op on absolute values and `terms` the
-    length of its sums (multilinear).
+    `wanted` is the reference's own result in `got`'s type and `moved` are float64 results on perturbed inputs (calibrated),
+    `condition` is the op on absolute values (multilinear), `terms` the length of its sums (both).
     """
     if error_model.kind == "exact":
         return _equal(got, truth.astype(got.dtype) if wanted is None else wanted, name)
@@ -189,11 +234,12 @@ def compare(
         # The float64 truth is itself a float64 computation: twice gamma covers both sides.
         bound = 2 * gamma * magnitude + u * np.abs(exact_value) + _SMALLEST[dtype]
     else:
-        own = 0.0
-        if wanted is not None and finite.any():
-            own = float(np.abs(wanted.astype(np.float64) - exact_value)[finite].max())
+        others = [*moved, *([] if wanted is None else [wanted])]
+        with np.errstate(invalid="ignore"):
+            own = max((float(np.abs(x.astype(np.float64) - exact_value)[finite].max(initial=0.0)) for x in others), default=0.0)
         largest = float(np.abs(exact_value[finite]).max()) if finite.any() else 0.0
-        bound = np.full(truth.shape, error_model.constant * own + 8 * u * largest + _SMALLEST[dtype])
+        floor = 8 * u + 2 * math.sqrt(terms - 1) * UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"]
+        bound = np.full(truth.shape, error_model.constant * own + floor * largest + _SMALLEST[dtype])
     with np.errstate(invalid="ignore"):
         error = np.where(finite, np.abs(high - exact_value), 0.0)
         bound = np.where(finite, bound, 0.0)
@@ -242,13 +288,56 @@ def _lifted(value: Any, tiny: float) -> Any:
     return value
 
 
-def _terms(op: Judged, args: Any, kwargs: Any) -> int:
+def _terms(op: Judged, arguments: dict[str, Any]) -> int:
     """The length of the op's sums: the sizes of the dimensions that its inputs have and its result has not."""
-    bound = op.signature.bind(*args, **kwargs).arguments
     summed = {}
     for name, shape in op.shapes.items():
-        array = bound.get(name)
+        array = arguments.get(name)
         if isinstance(array, np.ndarray):
             named = [dim for dim in shape.dims if dim.isalpha() and dim not in op.result.dims]
             summed.update({dim: array.shape[shape.dims.index(dim) - len(shape.dims)] for dim in named})
     return math.prod(summed.values())
+
+
+# -- how well the inputs determine the result -------------------------------------------------------------------------------
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, leaf) of everything in a tree."""
+    if isinstance(value, dict | list | tuple):
+        for name, child in value.items() if isinstance(value, dict) else ((key, child) for child in value):
+            yield from _leaves(child, str(name))
+    else:
+        yield key, value
+
+
+def _longest(inputs: dict[str, Any]) -> int:
+    """The longest axis of any input, at least 1: no sum has more terms."""
+    return max((max(x.shape, default=1) for _, x in _leaves(inputs) if isinstance(x, np.ndarray)), default=1) or 1
+
+
+def _is_smooth(inputs: dict[str, Any]) -> bool:
+    """False if activations are rounded to integers on the way: then a rounding may become a step (spec/numerics.md, 9)."""
+    return not any(isinstance(x, np.ndarray) and x.dtype == np.int8 for _, x in _leaves(inputs))
+
+
+def _perturbation(op: Judged, inputs: dict[str, Any]) -> float:
+    """How far a right implementation may seem to move each input: sqrt(n) u of the accumulation, and for a composite u of the
+    type that activations are rounded to."""
+    found = [getattr(leaf, "dtype", leaf) for _, leaf in _leaves(inputs)]
+    policies = {policy.removeprefix("mixed_") for policy in found if isinstance(policy, str)} & UNIT_ROUNDOFF.keys()
+    types = policies or {dtype.name for dtype in found if isinstance(dtype, np.dtype)} & UNIT_ROUNDOFF.keys()
+    accumulation = UNIT_ROUNDOFF["float64" if "float64" in types else "float32"]
+    coarsest = accumulation if "float64" in types else max((UNIT_ROUNDOFF[name] for name in types), default=0.0)
+    return max(math.sqrt(_longest(inputs)) * accumulation, coarsest if op.composite else 0.0)
+
+
+def _perturbed(value: Any, size: float, generator: np.random.Generator, key: str = "") -> Any:
+    """The same inputs, every floating-point number multiplied by 1 + size or 1 - size. Numbers of groups stay."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and key != "g_idx":
+        return value * (1.0 + size * generator.choice([-1.0, 1.0], value.shape))
+    if isinstance(value, dict):
+        return {name: _perturbed(child, size, generator, name) for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_perturbed(child, size, generator, key) for child in value)
+    return value

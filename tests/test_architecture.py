@@ -57,11 +57,16 @@ ARROWS = {
     },
     "trace": {"op", "numerics", "files"},
     "compare": {"op", "numerics", "files", "trace"},
-    "conformance": {"op", "numerics", "accelerator"},
+    # It draws small models of all families, with quantised weights and adapters.
+    "conformance": {
+        "accelerator", "backbone", "conformance", "coverage", "numerics", "op", "opdoc", "ops", "parameters", "quantization",
+        *MODELS,
+    },
     "opdoc": {"op", "ops"},
     "printing": set(),
     "coverage": {"accelerator", "op", "opdoc"},
     "cli": EVERYTHING,
+    "cli_check": {"accelerator", "conformance", "printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
     "__init__": {
@@ -85,7 +90,7 @@ OTHERS = {
     "ml_dtypes": {"ops.precision"},
     "huggingface_hub": {"hub"},
     "kagglehub": {"hub"},
-    "hypothesis": {"conformance"},
+    "hypothesis": {"conformance.check"},
 }
 
 
@@ -105,7 +110,7 @@ def imports(name, source):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for node in ast.walk(function)
     }
-    package = ["refmodels", *name.split(".")][: -1 if name not in ("ops", "weights") else None]
+    package = ["refmodels", *name.split(".")][: -1 if name not in ("conformance", "ops", "weights") else None]
     for node in ast.walk(tree):
         inside = id(node) in late
         if isinstance(node, ast.Import):

@@ -1,0 +1,153 @@
+"""`refmodels check`: is an accelerator right? A table or one JSON object, a JUnit file, and small examples of what is wrong."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from refmodels.accelerator import REFERENCE, find
+from refmodels.printing import aligned, print_json
+
+if TYPE_CHECKING:
+    from refmodels.conformance import Checked
+
+RIGHT, FAULTY = 0, 1
+
+
+def check(
+    accelerator: str,
+    *,
+    ops: Sequence[str],
+    dtypes: Sequence[str],
+    examples: int | None,
+    seed: int,
+    example: str | None,
+    as_json: bool,
+    junit: str | None,
+) -> int:
+    """Check, print, write; the exit status. AcceleratorError or ValueError for what cannot be checked, or not here."""
+    try:
+        from refmodels import conformance
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ValueError("check needs Hypothesis: pip install 'refmodels[test]'") from None
+    progress = Progress()
+    begun = time.monotonic()
+    with redirect_stdout(sys.stderr):  # whatever a plug-in prints
+        found = find(accelerator)
+        try:
+            report = conformance.check_accelerator(
+                accelerator if found is None else found,
+                ops=ops,
+                dtypes=dtypes,
+                examples=examples or conformance.EXAMPLES,
+                seed=seed,
+                example=example,
+                progress=progress,
+            )
+        finally:
+            progress.end()
+    seconds = time.monotonic() - begun
+    if junit is not None:
+        write_junit(Path(junit), accelerator, report)
+    if as_json:
+        print_json(_record(accelerator, report, seconds))
+    else:
+        print_report(accelerator, report, seconds)
+    return FAULTY if any(entry.failures for entry in report) else RIGHT
+
+
+class Progress:
+    """One line on standard error that says where a check is, if that is a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
+
+    def __call__(self, name: str, done: int, count: int) -> None:
+        if self._shown:
+            print(f"\r\x1b[K{done:3} of {count}  {name}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def print_report(accelerator: str, report: Sequence["Checked"], seconds: float) -> None:
+    """The table, then what is wrong, then one line."""
+    rows = [("NAME", "RUNS", "TYPES", "EXAMPLES", "BY KERNEL", "VERDICT")]
+    rows += [
+        (
+            entry.name,
+            entry.runs,
+            " ".join(entry.dtypes),
+            str(entry.examples),
+            str(entry.taken) if entry.runs == "own kernel" else "",
+            entry.verdict + (f": {entry.skipped}" if entry.skipped else ""),
+        )
+        for entry in report
+    ]
+    print("\n".join(aligned(rows, right=(3, 4))))
+    for entry in report:
+        for failure in entry.failures:
+            print(f"\n{failure}")
+    wrong, skipped = (sum(entry.verdict == verdict for entry in report) for verdict in ("WRONG", "skipped"))
+    examples = sum(entry.examples for entry in report)
+    said = f"{accelerator}: {len(report) - wrong - skipped} right, {wrong} wrong" + (f", {skipped} skipped" if skipped else "")
+    print(f"{chr(10) if wrong else ''}{said}; {examples} examples in {seconds:.0f} s", flush=True)
+
+
+def _record(accelerator: str, report: Sequence["Checked"], seconds: float) -> dict[str, Any]:
+    return {
+        "accelerator": accelerator,
+        "right": not any(entry.failures for entry in report),
+        "seconds": round(seconds, 1),
+        "checked": [
+            {
+                "name": entry.name,
+                "runs": entry.runs,
+                "dtypes": entry.dtypes,
+                "examples": entry.examples,
+                "by_kernel": entry.taken,
+                "verdict": entry.verdict,
+                "skipped": entry.skipped or None,
+                "features": dict(sorted(entry.features.items())),
+                "failures": [vars(failure) for failure in entry.failures],
+            }
+            for entry in report
+        ],
+    }
+
+
+def write_junit(path: Path, accelerator: str, report: Sequence["Checked"]) -> None:
+    """One test case for each op and type. Written beside and renamed: a reader never sees half of it."""
+    suite = ElementTree.Element("testsuite", name=f"refmodels check {accelerator or REFERENCE}")
+    for entry in report:
+        failed = {failure.dtype: failure for failure in entry.failures}
+        for dtype in entry.dtypes:
+            seconds = f"{entry.seconds / len(entry.dtypes):.3f}"
+            case = ElementTree.SubElement(suite, "testcase", classname=entry.name, name=dtype, time=seconds)
+            if dtype in failed:
+                ElementTree.SubElement(case, "failure", message=_xml(failed[dtype].reason)).text = _xml(str(failed[dtype]))
+            elif entry.skipped:
+                ElementTree.SubElement(case, "skipped", message=_xml(entry.skipped))
+    cases = suite.findall("testcase")
+    suite.set("tests", str(len(cases)))
+    for outcome, label in (("failure", "failures"), ("skipped", "skipped")):
+        suite.set(label, str(sum(case.find(outcome) is not None for case in cases)))
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        ElementTree.ElementTree(suite).write(beside, encoding="utf-8", xml_declaration=True)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _xml(text: str) -> str:
+    """Without the characters that XML cannot hold."""
+    return "".join(c if c in "\t\n" or c >= " " else "?" for c in text)
