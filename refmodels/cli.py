@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `ops`, `accelerators`, `check`.
+"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `ops`, `accelerators`, `check`.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -146,6 +146,10 @@ def _stop_ids(text: str) -> str | list[int] | None:
     return [int(part) for part in text.split(",")]
 
 
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(map(_positive, text.split(","))))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="refmodels", description="T5, OPT and BLOOM: the NumPy reference, and accelerators that keep to it.")
     parser.add_argument("--version", action="version", version=f"refmodels {__version__}")
@@ -217,6 +221,31 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace DST as a whole, when all is written")
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
+    bench = commands.add_parser("bench", help="measure speed and memory beside the hardware's limits", description=_BENCH)
+    bench.set_defaults(command=bench_command)
+    bench.add_argument(
+        "preset",
+        metavar="PRESET",
+        nargs="?",
+        default="opt_125m_en",
+        help="as for generate (default: opt_125m_en, random weights)",
+    )
+    bench.add_argument(
+        "--random", action="store_true", help="random weights in the preset's shape; nothing is downloaded for a built-in"
+    )
+    group = bench.add_argument_group("what to measure")
+    group.add_argument("--prompt-length", type=_positive, default=512, metavar="N", help="tokens of a prompt (default: 512)")
+    group.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens to decode (default: 64)")
+    group.add_argument("--batch", type=_batches, default=(1, 8), metavar="N,...", help="rows at once (default: 1,8)")
+    group.add_argument("--repeats", type=_positive, default=3, metavar="N", help="rounds (default: 3)")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group = bench.add_argument_group("where and how to compute")
+    group.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="threads of the accelerator (NumPy's: OMP_NUM_THREADS)")
+    group.add_argument("--dtype", metavar="POLICY", help="as for generate")
+    group.add_argument("--quantize", choices=("int8", "int4"), help="turn the weights into integers first")
+    group.add_argument("--weight-only", action="store_true", help="int8 for the weights alone")
+
     accelerators = commands.add_parser(
         "accelerators", help="list what can stand in for the reference", description=_ACCELERATORS
     )
@@ -254,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
 _GENERATE = "Continue a text (OPT, BLOOM) or answer it (T5). The text appears as it is generated, except from a beam search."
 _SCORE = "Print the log-probability of each token of a text, or of a second text that follows or answers the first."
 _CONVERT = "Write a preset, its tokenizer included, in KerasHub's form or in Hugging Face's. DST appears when it is complete."
+_BENCH = (
+    "Measure prefill and decoding, beside what this machine allows, measured in the same run, and load time, time to the first "
+    "token and memory (spec/bench.md). A built-in preset that is not in the package gets random weights in its shape."
+)
 _ACCELERATORS = (
     "List the accelerators that are installed, and say which can run here. Without --accelerator, generate and score take the "
     "first that can. Imports each of them."
@@ -434,12 +467,10 @@ def _prompt(argument: str) -> str:
 
 def peak_memory_mb() -> float | None:
     """The most memory that this process has had, in units of 10**6 bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # Linux counts kilobytes, macOS bytes
+    from refmodels.machine import peak_memory
+
+    peak = peak_memory()
+    return None if peak is None else peak / 1e6
 
 
 def _print_stats(stats: Mapping[str, Any]) -> None:
@@ -487,6 +518,18 @@ def score_command(arguments: argparse.Namespace) -> None:
     summary = f"{len(tokens)} tokens" + ("" if perplexity is None else f", perplexity {perplexity:.4g}")
     for line in aligned([*rows, (f"{total:.4f}", summary)], right=(0,)):
         print(line)
+
+
+# -- bench ----------------------------------------------------------------------------------------------------------------
+
+
+def bench_command(arguments: argparse.Namespace) -> None:
+    """`refmodels bench`."""
+    from refmodels.accelerator import find
+    from refmodels.cli_bench import print_bench
+
+    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    print_bench(arguments, accelerator)
 
 
 # -- accelerators ---------------------------------------------------------------------------------------------------------

@@ -65,8 +65,11 @@ ARROWS = {
     "opdoc": {"op", "ops"},
     "printing": set(),
     "coverage": {"accelerator", "op", "opdoc"},
+    "machine": set(),
+    "bench": {"accelerator", "backbone", "generate", "machine", "parameters"},
     "cli": EVERYTHING,
     "cli_check": {"accelerator", "conformance", "printing"},
+    "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
     "__init__": {
@@ -76,6 +79,7 @@ ARROWS = {
 }  # fmt: skip
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
+    "bench": {"loading"},
     "task": {"loading", "saving"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
