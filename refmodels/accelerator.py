@@ -173,6 +173,23 @@ class Accelerator:
         """
         return params
 
+    def take(self, params: Params) -> Params | None:
+        """As `load`, but the tree is given away, so that there need not be two. None, the default: `load` is to be called.
+
+        Nobody else holds `params`: what is packed is to leave its dictionary before the next leaf is packed, and the memory of
+        an array that is writeable and owns its data may be used again. An accelerator that takes a tree can `unload` it.
+        """
+        return None
+
+    def unload(self, tree: Params) -> Params | None:
+        """The host's tree again, bit for bit, of a tree that `take` gave, or of a part: a layer, or a dictionary of leaves.
+
+        The dictionaries and lists of `tree` are this call's own, to be taken apart as it goes. The leaves may be in use:
+        nothing in them may be written to, and the arrays that are given share no memory with them. None, the default, is for
+        an accelerator that takes nothing.
+        """
+        return None
+
     def asarray(self, x: np.ndarray[Any, Any]) -> Any:
         """A NumPy array as this accelerator's kind. By default itself."""
         return x
