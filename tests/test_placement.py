@@ -113,6 +113,9 @@ def test_what_is_saved_is_the_same(name, form, tmp_path):
         model.save_to_hf(tmp_path / "hf found")
         wanted.save_to_hf(tmp_path / "hf wanted")
         assert (tmp_path / "hf found/model.safetensors").read_bytes() == (tmp_path / "hf wanted/model.safetensors").read_bytes()
+        other = Packing()
+        Backbone.from_preset(tmp_path / "hf found", accelerator=other)(inputs(name))
+        assert (other.taken, other.loaded) == (1, 0)
     if "adapters" in form:
         model.save_lora_weights(tmp_path / "found.safetensors")
         wanted.save_lora_weights(tmp_path / "wanted.safetensors")
@@ -149,7 +152,7 @@ def test_the_accelerator_gets_the_new_tree(name, steps):
 
 
 def test_peak_memory():
-    """The first call: the weights, one leaf, and little more. Reading all: a layer more. Quantising: what is new, and a layer."""
+    """The first call needs the weights, one leaf, and little more; reading all a layer more; quantising what is new, too."""
     sizes = {"vocabulary_size": 64, "num_layers": 8, "num_heads": 4, "hidden_dim": 128, "intermediate_dim": 512}
     tracemalloc.start()
     try:
@@ -314,6 +317,32 @@ def test_token_embeddings_run_where_the_model_does(name):
     plain = task.embed(tokens)
     with use(Packing()):
         assert_same_bits(task.embed(tokens), plain)
+
+
+def read_leaves(model):
+    with model.leaves() as leaves:
+        list(leaves.values())
+
+
+@pytest.mark.parametrize("meanwhile", [read_leaves, lambda model: model.params, STEPS["quantize"], STEPS["enable_lora"]])
+def test_a_call_keeps_the_tree_that_it_began_with(meanwhile):
+    """Whatever becomes of the model's parameters."""
+    model = build(accelerator=Packing())
+    tree = model.device_params
+    meanwhile(model)
+    leaves = dict(flatten(tree))
+    assert all(isinstance(leaves[path], Packed) for path in model.paths() if path.endswith((".kernel", "embeddings")))
+
+
+def test_a_layer_is_unloaded_once_to_be_saved(tmp_path):
+    pytest.importorskip("h5py")
+    packing = Packing()
+    model = build(num_layers=5, accelerator=packing)
+    model(inputs("opt"))
+    model.save_to_preset(tmp_path / "saved")
+    assert packing.unloaded == 5 + 3  # the layers, two tables and a norm
+    model.quantize("int8")
+    assert packing.unloaded == 8 + 8 + 1  # to look for infinities, and to let go
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
