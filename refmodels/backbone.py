@@ -112,8 +112,8 @@ class Backbone(ABC):
         """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`.
 
         Another tree can be assigned: ValueError names the leaf that is missing, surplus or of a wrong shape. Arrays that are
-        assigned or read here are yours too: from then on the model keeps them as they are, and an accelerator works on a copy
-        if it wants them in another form (`accel/README.md`, `take`).
+        assigned or read here are yours too: from then on the model keeps them as they are, and an accelerator that wants other
+        forms works on a copy, made at the next call (`accel/README.md`, `take`). `leaves` and `paths` do without.
         """
         return self._placed().shown()
 

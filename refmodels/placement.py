@@ -103,13 +103,11 @@ class Placement:
                 self.put(draw(), shared=False)
 
     def shown(self) -> Params:
-        """The host's tree, for somebody who may keep or change its arrays: from now on the host has one."""
+        """The host's tree, for somebody who may keep or change its arrays: from now on the host has one. An accelerator gets it
+        anew at the next call, which so sees what was changed."""
         with self._lock:
             host, _ = self._brought()
-            if self._state.host is None:
-                self._state = _State(host=host, shared=True)  # another call is to see what is changed in the tree
-            elif not self._state.shared:
-                self._state = replace(self._state, shared=True)
+            self._state = _State(host=host, shared=True)
             return host
 
     def array(self, path: str) -> Array:

@@ -199,8 +199,6 @@ def test_a_tree_that_was_assigned_is_loaded_and_left_alone():
     assert (packing.taken, packing.loaded) == (0, 1)
     assert model.params is tree
     assert_same_tree(tree, kept)
-    model(inputs("opt"))
-    assert packing.loaded == 1
 
 
 def test_a_tree_that_was_read_is_loaded_and_left_alone():
@@ -245,14 +243,18 @@ def test_what_is_passed_on_of_a_shared_tree_is_not_written_to(changes):
     assert_same_tree(tree, kept)
 
 
-def test_what_is_changed_in_a_tree_that_came_back_is_seen():
-    packing = Packing()
-    model, wanted = build(accelerator=packing), build()
-    model(inputs("opt"))
-    for each in (model, wanted):
-        each.params["layers"][1]["feedforward_output_dense"]["kernel"][...] *= 2
-    assert_same_bits(model(inputs("opt")), wanted(inputs("opt")))
-    assert (packing.taken, packing.loaded) == (1, 1)
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_changed_in_a_tree_that_was_read_is_seen(own):
+    packing, wanted = Packing(), build()
+    model = build(accelerator=packing if own else None)
+    for times in range(3):
+        result = wanted(inputs("opt"))
+        with use(packing):
+            assert_same_bits(model(inputs("opt")), result)
+            assert_same_bits(model(inputs("opt")), result)
+        assert (packing.taken, packing.loaded) == (own, times + (not own))
+        for each in (model, wanted):
+            each.params["layers"][1]["feedforward_output_dense"]["kernel"][...] *= 2
 
 
 def test_a_block_around_a_model_without_an_accelerator_loads():
@@ -343,6 +345,20 @@ def test_a_layer_is_unloaded_once_to_be_saved(tmp_path):
     assert packing.unloaded == 5 + 3  # the layers, two tables and a norm
     model.quantize("int8")
     assert packing.unloaded == 8 + 8 + 1  # to look for infinities, and to let go
+
+
+@pytest.mark.parametrize("sampling", [{}, {"num_beams": 3}, {"sampler": "contrastive", "top_k": 3}, {"top_p": 0.8, "seed": 1}])
+@every_form
+@every_model
+def test_packed_leaves_go_everywhere(name, form, sampling):
+    """To every search, from the first step to the last, and to scores."""
+    packing = Packing()
+    found, wanted = (TASKS[name](build(name, form, accelerator)) for accelerator in (packing, None))
+    tokens = {key: value for key, value in inputs(name).items() if not key.startswith("decoder")}
+    settings = {"stop_token_ids": [7], "max_new_tokens": 5, **sampling}
+    assert_same_bits(found.generate(tokens, **settings), wanted.generate(tokens, **settings))
+    assert_same_bits(found.score(inputs(name)).log_probs, wanted.score(inputs(name)).log_probs)
+    assert (packing.taken, packing.loaded, packing.unloaded) == (1, 0, 0)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
