@@ -188,9 +188,9 @@ class Accelerator:
     def unload(self, tree: Params) -> Params | None:
         """The host's tree again, bit for bit, of a tree that `take` gave, or of a part: a layer, or a dictionary of leaves.
 
-        The dictionaries and lists of `tree` are this call's own, to be taken apart as it goes. The leaves may be in use:
-        nothing in them may be written to, and the arrays that are given share no memory with them. None, the default, is for
-        an accelerator that takes nothing.
+        The dictionaries and lists of `tree` are this call's own, to be taken apart as it goes. Leaves and private entries may
+        be in use: nothing in them may be written to, and the arrays that are given share no memory with them. None, the
+        default, is for an accelerator that takes nothing.
         """
         return None
 

@@ -200,9 +200,9 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def copy_containers(tree: Any) -> Any:
-    """The same leaves in dictionaries and lists of their own."""
+    """The same leaves in dictionaries and lists of their own. Private entries (`_...`) stay what they are."""
     if isinstance(tree, dict):
-        return {key: copy_containers(child) for key, child in tree.items()}
+        return {key: child if key.startswith("_") else copy_containers(child) for key, child in tree.items()}
     return [copy_containers(child) for child in tree] if isinstance(tree, list) else tree
 
 

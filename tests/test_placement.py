@@ -336,6 +336,25 @@ def test_a_call_keeps_the_tree_that_it_began_with(meanwhile):
     assert all(isinstance(leaves[path], Packed) for path in model.paths() if path.endswith((".kernel", "embeddings")))
 
 
+def test_private_entries_are_handed_over_as_they_are():
+    """A call in another thread may be writing to one."""
+
+    class InUse(dict):
+        def items(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+        keys = values = __iter__ = items
+
+    class Busy(Packing):
+        def _with_private(self, node):
+            return {**node, "_programs": InUse(linear=1)}
+
+    model = build(accelerator=Busy())
+    assert isinstance(model.device_params["layers"][0]["self_attention"]["_programs"], InUse)
+    read_leaves(model)
+    assert_same_tree(model.params, build().params)
+
+
 def test_a_layer_is_unloaded_once_to_be_saved(tmp_path):
     pytest.importorskip("h5py")
     packing = Packing()
