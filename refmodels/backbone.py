@@ -4,7 +4,7 @@ import secrets
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,12 @@ from refmodels.op import Array, Op, Params, executing, executor_in_force
 from refmodels.ops.dense import token_scores, token_vectors
 from refmodels.ops.precision import compute_dtype, narrow, numpy_dtype, variable_dtype
 from refmodels.parameters import Parameter, check_leaves, count, draw, flatten, stored_bytes
+from refmodels.placement import Leaves, Placement
 from refmodels.quantization import (
     Quantization,
     check_finite,
     dequantized_tree,
+    is_matrix,
     keras_layers,
     of_keras_mode,
     policy_map,
@@ -86,8 +88,7 @@ class Backbone(ABC):
         if seed is not None and not (is_integer(seed) and seed >= 0):
             raise ValueError(f"seed must be None or an integer from 0 on, got {seed!r}")
         self.seed: int = secrets.randbits(63) if seed is None else int(seed)
-        self._params: Params | None = None
-        self._loaded: tuple[Accelerator, Params] | None = None
+        self.placement = Placement()
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("config")
@@ -110,29 +111,57 @@ class Backbone(ABC):
     def params(self) -> Params:
         """The tree of parameters: `params["layers"][0]["self_attention"]["query"]["kernel"]`.
 
-        Another tree can be assigned: ValueError names the leaf that is missing, surplus or of a wrong shape.
+        Another tree can be assigned: ValueError names the leaf that is missing, surplus or of a wrong shape. Arrays that are
+        assigned or read here are yours too: from then on the model keeps them as they are, and an accelerator that wants other
+        forms works on a copy, made at the next call (`accel/README.md`, `take`). `leaves` and `paths` do without.
         """
-        if self._params is None:
-            tree = draw(self.plain_parameters(), seed=self.seed, dtype=self.variable_dtype)
-            how = self.quantization
-            self._params = tree if how is None else quantized_tree(dict(flatten(tree)), how)
-        return self._params
+        return self._placed().shown()
 
     @params.setter
     def params(self, tree: Params) -> None:
+        self._put(tree, shared=True)
+
+    def adopt(self, tree: Params) -> None:
+        """As an assignment to `params`, of a tree whose arrays nobody else keeps."""
+        self._put(tree, shared=False)
+
+    def _put(self, tree: Params, *, shared: bool) -> None:
         check_leaves(dict(flatten(tree)), self.parameters(), type(self).__name__)
-        self._params, self._loaded = tree, None
+        self.placement.put(tree, shared=shared)
+
+    def leaves(self) -> AbstractContextManager[Leaves]:
+        """`with model.leaves() as leaves`: the arrays of `params` by path, to read inside the block and not to keep.
+
+        Those at an accelerator come to the host layer by layer, as they are asked for, and stay there as well.
+        """
+        return self._placed().leaves()
+
+    def paths(self) -> list[str]:
+        """The path of every array in `params`, in the order of the tree."""
+        return self._placed().paths()
+
+    def array(self, path: str) -> Array:
+        """The array of this path in `params`. One that is at an accelerator comes alone, as a copy that is not writeable."""
+        return self._placed().array(path)
 
     @property
     def device_params(self) -> Params:
-        """The tree as the accelerator in force wants it; without one, `params` itself."""
-        accelerator = self._in_force()
+        """The tree as the accelerator in force wants it, for a call: the model may give it up after any."""
+        accelerator, placement = self._in_force(), self._placed()
         if accelerator is None:
-            return self.params
-        loaded = self._loaded  # read once: the accelerator in force is the thread's own, and another may put its tree here
-        if loaded is None or loaded[0] is not accelerator:
-            loaded = self._loaded = accelerator, accelerator.load(self.params)
-        return loaded[1]
+            return placement.on_host()
+        return placement.at(accelerator, own=accelerator is self.accelerator)
+
+    def _placed(self) -> Placement:
+        """Where the parameters are, drawn now if there are none."""
+        if self.placement.empty:
+            self.placement.fill(self._drawn)
+        return self.placement
+
+    def _drawn(self) -> Params:
+        tree = draw(self.plain_parameters(), seed=self.seed, dtype=self.variable_dtype)
+        how = self.quantization
+        return tree if how is None else quantized_tree(dict(flatten(tree)), how)
 
     @property
     def variable_dtype(self) -> str:
@@ -167,21 +196,25 @@ class Backbone(ABC):
         how = quantization(mode, block_size, weight_only)
         if self.quantization is not None:
             raise ValueError(f"{self.name} is quantised to {self.quantization.mode} already: dequantize() it or load it again")
-        leaves = dict(flatten(self.params))
-        check_finite(leaves)
-        # Each matrix is to go when it has been quantised. An empty tree, not None, which would be drawn at random again if this
-        # is interrupted.
-        self._params, self._loaded = {}, None
-        self._params, self.quantization = quantized_tree(leaves, how), how
+        with self.leaves() as leaves:
+            check_finite(leaves)
+        tree = quantized_tree(self._given_away("quantize"), how)  # each matrix is to go when it has been quantised
+        self.quantization = how
+        self.placement.put(tree, shared=False)
 
     def dequantize(self) -> None:
         """Turn a quantised model into a plain one with the numbers that its integers stand for. ValueError for a plain one."""
         how = self.quantization
         if how is None:
             raise ValueError(f"{self.name} is not quantised")
-        leaves = dict(flatten(self.params))
-        self._params, self._loaded = {}, None  # as in `quantize`
-        self._params, self.quantization = dequantized_tree(leaves, how, numpy_dtype(self.variable_dtype)), None
+        tree = dequantized_tree(self._given_away("dequantize"), how, numpy_dtype(self.variable_dtype))
+        self.quantization = None
+        self.placement.put(tree, shared=False)
+
+    def _given_away(self, purpose: str) -> dict[str, Array]:
+        """Every leaf by path, kept nowhere else; those that will stay in the tree are not shared with anybody."""
+        leaves, shared = self._placed().given_away(purpose)
+        return {path: np.array(leaf) if shared and not is_matrix(path) else leaf for path, leaf in leaves.items()}
 
     def _check_layers(self, given: tuple[str, ...]) -> None:
         wanted = keras_layers(self.family, self.plain_parameters())
@@ -199,7 +232,7 @@ class Backbone(ABC):
     @property
     def has_lora(self) -> bool:
         """Whether there are low-rank adapters in the tree."""
-        return self._params is not None and any(path.endswith(".lora_kernel_a") for path, _ in flatten(self._params))
+        return not self.placement.empty and any(path.endswith(".lora_kernel_a") for path in self.placement.paths())
 
     def default_lora_layer_names(self) -> list[str]:
         """The names of the layers that `enable_lora` adapts: query and value of every attention, as KerasHub calls them."""
@@ -259,7 +292,7 @@ class Backbone(ABC):
 
         if not self.has_lora:
             raise ValueError(f"{type(self).__name__} has no adapters to merge")
-        self.params = lora.merged(self.params)
+        self._placed().change(lora.merged)
 
     def trainable_parameters(self) -> list[str]:
         """The paths of the parameters that KerasHub would train: with adapters, these and the biases of their layers."""
@@ -270,7 +303,12 @@ class Backbone(ABC):
     def _attach(self, adapters: Mapping[str, Any]) -> None:
         from refmodels import lora
 
-        self.params = lora.attached(self.params, adapters, self.config.dtype)
+        def attached(tree: Params) -> Params:
+            new = lora.attached(tree, adapters, self.config.dtype)
+            check_leaves(dict(flatten(new)), self.parameters(), type(self).__name__)
+            return new
+
+        self._placed().change(attached)
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print a table of the layers: name, shapes, parameters."""
@@ -518,23 +556,26 @@ class TokenEmbedding:
 
     @property
     def _table(self) -> Params:
-        return self._backbone.params["token_embedding"]
+        return self._backbone.device_params["token_embedding"]
 
     @property
     def embeddings(self) -> Array:
         """The table, (v, n)."""
-        return self._table["embeddings"]
+        return self._backbone.array("token_embedding.embeddings")
 
     @property
     def reverse_embeddings(self) -> Array:
         """The untied output table, (n, v)."""
         if self.tie_weights:
             raise AttributeError("the embedding is tied: its reverse is embeddings.T")
-        return self._table["reverse_embeddings"]
+        return self._backbone.array("token_embedding.reverse_embeddings")
 
     def __call__(self, inputs: Any, reverse: bool = False) -> Array:
-        if not reverse:
-            ids, dtype = self._backbone.check_ids("token_ids", inputs), self._backbone.embedding_dtype
-            return np.asarray(token_vectors(ids, self._table, dtype=dtype))
-        hidden = np.asarray(inputs).astype(numpy_dtype(self._backbone.compute_dtype), copy=False)
-        return np.asarray(token_scores(hidden, self._table))
+        model = self._backbone
+        with model.running():
+            if not reverse:
+                ids = model.on_device(model.check_ids("token_ids", inputs))
+                vectors = token_vectors(ids, self._table, dtype=model.embedding_dtype)
+                return np.asarray(model.on_host(vectors))
+            hidden = np.asarray(inputs).astype(numpy_dtype(model.compute_dtype), copy=False)
+            return np.asarray(model.on_host(token_scores(model.on_device(hidden), self._table)))

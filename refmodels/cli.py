@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `ops`, `accelerators`, `check`.
+"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `ops`, `accelerators`, `compile`, `check`.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -21,7 +21,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from refmodels import __version__
-from refmodels.printing import aligned, byte_size, print_json, print_rows
+from refmodels.printing import aligned, byte_size, print_json, print_rows, progress, say, write
 
 if TYPE_CHECKING:
     from refmodels.accelerator import Accelerator
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("REFMODELS_DEBUG") == "1":
             raise
         with suppress(OSError):  # standard error may be a broken pipe, too
-            _say(f"refmodels: error: {_one_line(error)}")
+            say(f"refmodels: error: {_one_line(error)}")
         return _status(error)
 
 
@@ -84,13 +84,11 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {text}' if text else ''}"
-    expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "AcceleratorError"
+    expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ in (
+        "AcceleratorError",
+        "CompileError",
+    )
     return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def _say(text: str) -> None:
-    if sys.stderr is not None:  # else print would take standard output
-        print(text, file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:
@@ -122,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
             self._intermixing = False
 
     def error(self, message: str) -> NoReturn:
-        _say(f"refmodels: error: {' '.join(message.split())} (see {self.prog} --help)")
+        say(f"refmodels: error: {' '.join(message.split())} (see {self.prog} --help)")
         raise SystemExit(USAGE)
 
 
@@ -190,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--stats", action="store_true", help="report time and memory on standard error")
     group = generate.add_argument_group("where and how to compute")
-    group.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
+    _add_accelerator(group)
     group.add_argument("--dtype", metavar="POLICY", help="float32, float16, bfloat16, float64, mixed_float16, mixed_bfloat16")
 
     score = commands.add_parser("score", help="say how likely a text is", description=_SCORE)
@@ -199,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("prompt", metavar="TEXT", help="the text; standard input if it is -")
     score.add_argument("target", metavar="TARGET", nargs="?", help="score this alone: what follows TEXT, or answers it (T5)")
     score.add_argument("--json", action="store_true", help="print one JSON object")
-    score.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
+    _add_accelerator(score)
     score.add_argument("--dtype", metavar="POLICY", help="as for generate")
 
     presets = commands.add_parser("presets", help="list the built-in presets", description="List the built-in presets.")
@@ -252,6 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     accelerators.set_defaults(command=accelerators_command)
     accelerators.add_argument("--json", action="store_true", help="print a JSON array")
 
+    compiling = commands.add_parser("compile", help="make an accelerator's kernels ready", description=_COMPILE)
+    compiling.set_defaults(command=compile_command)
+    _add_accelerator(compiling, threads=False)
+
     ops = commands.add_parser("ops", help="list the ops, or what an accelerator does for each", description=_OPS)
     ops.set_defaults(command=ops_command)
     ops.add_argument("--accelerator", metavar="NAME", help="say op by op what runs on this plug-in, and why")
@@ -280,6 +282,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_accelerator(parser: Any, *, threads: bool = True) -> None:
+    parser.add_argument(
+        "--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)"
+    )
+    if threads:
+        parser.add_argument("--threads", type=_positive, metavar="N", help="threads that the accelerator uses, if it has any")
+
+
 _GENERATE = "Continue a text (OPT, BLOOM) or answer it (T5). The text appears as it is generated, except from a beam search."
 _SCORE = "Print the log-probability of each token of a text, or of a second text that follows or answers the first."
 _CONVERT = "Write a preset, its tokenizer included, in KerasHub's form or in Hugging Face's. DST appears when it is complete."
@@ -291,6 +301,7 @@ _ACCELERATORS = (
     "List the accelerators that are installed, and say which can run here. Without --accelerator, generate and score take the "
     "first that can. Imports each of them."
 )
+_COMPILE = "Compile what an accelerator would otherwise compile when it is first used, so that no answer waits for that."
 _OPS = "List the ops. x[*b n]: an array whose last axis has size n; ?: may be left out; p{}: a tree. Or say what runs each."
 _CHECK = (
     "Draw examples of every op and law of models, run them on an accelerator, and hold its results to the reference by the "
@@ -340,7 +351,7 @@ class Stopwatch(Iterator[str]):
 
 def generate_command(arguments: argparse.Namespace) -> None:
     """`refmodels generate`."""
-    from refmodels.accelerator import REFERENCE, find
+    from refmodels.accelerator import REFERENCE
     from refmodels.generate import Request, Sampling
     from refmodels.ops.precision import POLICIES
     from refmodels.presets import locate
@@ -355,7 +366,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
     if arguments.dtype is not None and arguments.dtype not in POLICIES:
         raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {arguments.dtype!r}")
     locate(arguments.preset)
-    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    accelerator = chosen_accelerator(arguments)
     prompt = _prompt(arguments.prompt)
 
     began = time.perf_counter()
@@ -403,11 +414,24 @@ def generate_command(arguments: argparse.Namespace) -> None:
         said = {"text": texts, "tokens": tokens} if several else {"text": texts[0], "tokens": tokens[0]}
         print_json({"preset": arguments.preset, "prompt": prompt, **said, **stats})
     elif stream:
-        print(flush=True)
+        write("\n")
     else:
         print("\n\n".join(texts), flush=True)
     if arguments.stats:
         _print_stats(stats)
+
+
+def chosen_accelerator(arguments: argparse.Namespace) -> "Accelerator | None":
+    """What --accelerator and --threads ask for. What was not asked for is named on a terminal."""
+    from refmodels.accelerator import find
+
+    settings = {} if arguments.threads is None else {"threads": arguments.threads}
+    if arguments.accelerator is not None:
+        return find(arguments.accelerator, **settings)
+    found = find(fastest_accelerator(), **settings)
+    if found is not None:
+        progress(f"running on {found.name}")
+    return found
 
 
 def fastest_accelerator() -> "Accelerator | None":
@@ -421,7 +445,7 @@ def fastest_accelerator() -> "Accelerator | None":
             cause = error.__cause__
             if cause is None or isinstance(cause, ImportError):  # it cannot run on this machine
                 continue
-            _say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
+            say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
     return None
 
 
@@ -436,13 +460,12 @@ def _write(pieces: Iterable[str]) -> str:
     written: list[str] = []
     try:
         for piece in filter(None, pieces):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write(piece)
             written.append(piece)
     except BrokenPipeError:
         raise
     except Exception:
-        print(flush=True)  # the error gets a line of its own
+        write("\n")  # the error gets a line of its own
         raise
     return "".join(written)
 
@@ -455,7 +478,7 @@ def _prompt(argument: str) -> str:
         raise ValueError("no PROMPT is given, and there is no standard input")
     else:
         if sys.stdin.isatty():
-            _say("refmodels: reading the prompt from the terminal; end it with Ctrl-D")
+            say("refmodels: reading the prompt from the terminal; end it with Ctrl-D")
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
         text = text.removesuffix("\n").removesuffix("\r")
     try:
@@ -487,7 +510,7 @@ def _print_stats(stats: Mapping[str, Any]) -> None:
     }
     for name, value in rows.items():
         if value is not None:
-            _say(f"{name:<12} {value}")
+            say(f"{name:<12} {value}")
 
 
 # -- score ----------------------------------------------------------------------------------------------------------------
@@ -495,12 +518,11 @@ def _print_stats(stats: Mapping[str, Any]) -> None:
 
 def score_command(arguments: argparse.Namespace) -> None:
     """`refmodels score`."""
-    from refmodels.accelerator import find
     from refmodels.presets import locate
     from refmodels.task import Task
 
     locate(arguments.preset)
-    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    accelerator = chosen_accelerator(arguments)
     prompt = _prompt(arguments.prompt)
     with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
         task = Task.from_preset(arguments.preset, accelerator=accelerator, dtype=arguments.dtype)
@@ -566,6 +588,14 @@ def check_command(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         **options,
     )
+
+
+def compile_command(arguments: argparse.Namespace) -> None:
+    """`refmodels compile`."""
+    from refmodels.accelerator import find
+    from refmodels.cli_ops import compile_kernels
+
+    compile_kernels(fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator))
 
 
 # -- presets --------------------------------------------------------------------------------------------------------------
@@ -767,7 +797,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
             converted = convert(arguments.source, arguments.target, arguments.to, progress=progress, **options)
     finally:
         if unfinished_line:
-            _say("")
+            say("")
     if arguments.json:
         print_json({"source": arguments.source, **asdict(converted)})
         return

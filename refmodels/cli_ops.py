@@ -1,4 +1,4 @@
-"""`refmodels ops` and `refmodels accelerators`: what there is to accelerate, what accelerates it, and what can run here."""
+"""`refmodels ops`, `accelerators` and `compile`: what there is to accelerate, what does, what can run here; making it ready."""
 
 import sys
 from collections import Counter
@@ -8,12 +8,12 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from refmodels import __version__
-from refmodels.accelerator import REFERENCE, Accelerator, AcceleratorError, find, installed, plugin
+from refmodels.accelerator import REFERENCE, Accelerator, AcceleratorError, CompileError, find, installed, plugin
 from refmodels.coverage import COMPOSITE, OWN, coverage, inner_ops
 from refmodels.coverage import REFERENCE as ALONE
 from refmodels.op import Op, Shape
 from refmodels.opdoc import shapes, signature, table
-from refmodels.printing import aligned, print_json
+from refmodels.printing import aligned, print_json, say
 
 
 def print_ops(*, as_json: bool) -> None:
@@ -67,7 +67,7 @@ def print_coverage(name: str, *, as_json: bool) -> None:
     counts = Counter(entry.runs for entry in entries)
     print(f"{len(entries)} ops: {', '.join(f'{counts[runs]} {runs}' for runs in (OWN, COMPOSITE, ALONE))}", flush=True)
     if problem is not None:
-        print(f"refmodels: note: accelerator {name!r} {problem}", file=sys.stderr)
+        say(f"refmodels: note: accelerator {name!r} {problem}")
 
 
 def print_accelerators(names: Sequence[str], *, as_json: bool) -> None:
@@ -95,6 +95,22 @@ def print_accelerators(names: Sequence[str], *, as_json: bool) -> None:
     for name, package in packages.items():
         rows.append((name, package or "", problems.get(name) or "can run"))
     print("\n".join(aligned(rows)))
+
+
+def compile_kernels(accelerator: Accelerator | None) -> None:
+    """Compile what this accelerator would compile when it is first used. CompileError if that fails."""
+    if accelerator is None:
+        print(f"{REFERENCE}: nothing to compile", flush=True)
+        return
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a compiler prints
+            done = accelerator.compile(lambda line: say(f"refmodels: {line}"))
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise CompileError(
+            f"{accelerator.name}: compiling failed: {type(error).__name__}: {said}".removesuffix(": ")
+        ) from error
+    print(f"{accelerator.name}: {done or 'nothing to compile'}", flush=True)
 
 
 def _problem(name: str) -> str | None:

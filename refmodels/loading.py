@@ -162,7 +162,7 @@ def _load_keras(
                     f"{directory / name}: it holds adapters (lora/), not a model's weights: load the base model, then call its "
                     "load_lora_weights"
                 )
-            backbone.params = _assemble(
+            tree = _assemble(
                 backbone,
                 tensors,
                 directory / name,
@@ -171,6 +171,7 @@ def _load_keras(
                 ignorable=lambda name: False,
                 convert=lambda values, parameter: values,
             )
+            backbone.adopt(tree)
     return backbone
 
 
@@ -200,7 +201,7 @@ def _load_huggingface(
             arguments["tie_embedding_weights"] = huggingface.tied(tensors, config, str(directory / name))
         backbone = construct(model, arguments, kwargs, source)
         start = huggingface.prefix(tensors, model.family)
-        backbone.params = _assemble(
+        tree = _assemble(
             backbone,
             tensors,
             directory / name,
@@ -209,6 +210,7 @@ def _load_huggingface(
             ignorable=lambda name: huggingface.ignorable(name, model.family, start),
             convert=huggingface.convert,
         )
+        backbone.adopt(tree)
     return backbone
 
 

@@ -20,7 +20,7 @@ from refmodels.backbone import Backbone
 from refmodels.op import Array, Params, executing
 from refmodels.ops.linear import lora_merged
 from refmodels.ops.precision import FLOATS, numpy_dtype, wide_dtype
-from refmodels.parameters import Initializer, Parameter, flatten
+from refmodels.parameters import Initializer, Parameter
 
 A, B, SCALE = LEAVES = ("lora_kernel_a", "lora_kernel_b", "lora_scale")
 
@@ -85,11 +85,14 @@ def dense_layers(backbone: Backbone) -> dict[str, Parameter]:
     return {kernel.path.removesuffix(".kernel"): kernel for kernel in kernels}
 
 
-def adapters(tree: Params) -> dict[str, Adapter]:
-    """The adapters in this tree by the paths of their layers."""
-    leaves = dict(flatten(tree))
-    paths = [path.removesuffix(f".{A}") for path in leaves if path.endswith(f".{A}")]
-    return {path: Adapter(leaves[f"{path}.{A}"], leaves[f"{path}.{B}"], float(leaves[f"{path}.{SCALE}"])) for path in paths}
+def adapters(backbone: Backbone) -> dict[str, Adapter]:
+    """Copies of the adapters of this model by the paths of their layers."""
+    with backbone.leaves() as leaves:
+        paths = [path.removesuffix(f".{A}") for path in leaves if path.endswith(f".{A}")]
+        return {
+            path: Adapter(np.array(leaves[f"{path}.{A}"]), np.array(leaves[f"{path}.{B}"]), float(leaves[f"{path}.{SCALE}"]))
+            for path in paths
+        }
 
 
 def attached(tree: Params, found: Mapping[str, Adapter], policy: str) -> Params:
@@ -116,13 +119,23 @@ def merged(tree: Params) -> Params:
     def change(path: str, layer: Params) -> Params:
         if A not in layer:
             return layer
-        if layer["kernel"].dtype.name not in FLOATS:
-            raise ValueError(f"{path}: a quantised kernel cannot take in its adapter: call dequantize() first")
-        kernel = lora_merged(layer["kernel"], *(layer[leaf] for leaf in LEAVES))
+        check_mergeable(path, layer["kernel"].dtype)
+        kernel = merged_kernel(*(layer[leaf] for leaf in ("kernel", *LEAVES)))
         return {name: leaf for name, leaf in layer.items() if name not in LEAVES} | {"kernel": kernel}
 
-    with executing(None):  # the tree is the host's, whatever accelerator is in force around this
-        return _changed(tree, change)
+    return _changed(tree, change)
+
+
+def merged_kernel(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    """kernel + scale * (a @ b), rounded once to the kernel's type."""
+    with executing(None):  # these are the host's, whatever accelerator is in force around this
+        return lora_merged(kernel, a, b, scale)
+
+
+def check_mergeable(path: str, dtype: np.dtype[Any]) -> None:
+    """ValueError if the kernel of this layer is of a type that cannot take in an adapter."""
+    if dtype.name not in FLOATS:
+        raise ValueError(f"{path}: a quantised kernel cannot take in its adapter: call dequantize() first")
 
 
 def _changed(node: Any, change: Callable[[str, Params], Params], path: str = "") -> Any:
@@ -138,7 +151,7 @@ def _changed(node: Any, change: Callable[[str, Params], Params], path: str = "")
 
 def trainable(backbone: Backbone) -> list[str]:
     """The paths of the parameters that KerasHub would train: with adapters these and the biases of their layers, else all."""
-    leaves = [path for path, _ in flatten(backbone.params)]
+    leaves = backbone.paths()
     layers = {path.removesuffix(f".{A}") for path in leaves if path.endswith(f".{A}")}
     chosen = {f"{layer}.{leaf}" for layer in layers for leaf in ("bias", A, B)}
     return [path for path in leaves if path in chosen or not layers]

@@ -53,7 +53,7 @@ def load(backbone: Backbone, filepath: str | Path) -> dict[str, Adapter]:
     path, form = Path(filepath), _form(filepath)
     found = (_read_keras if form == KERAS_SUFFIX else _read_named)(backbone, path)
     ranks = {adapter.rank for adapter in found.values()}
-    own = {adapter.rank for adapter in adapters(backbone.params).values()} if backbone.has_lora else ranks
+    own = {adapter.rank for adapter in adapters(backbone).values()} if backbone.has_lora else ranks
     if ranks != own:
         shown, enabled = (", ".join(map(str, sorted(each))) for each in (ranks, own))
         raise ValueError(f"{path}: the adapters have rank {shown}, the model was enabled with rank {enabled}")
@@ -64,7 +64,7 @@ def _own(backbone: Backbone) -> dict[str, Adapter]:
     """The adapters that are to be saved; ValueError without any."""
     if not backbone.has_lora:
         raise ValueError(f"{type(backbone).__name__} has no adapters to save: call enable_lora(rank) first")
-    return adapters(backbone.params)
+    return adapters(backbone)
 
 
 def _form(filepath: str | Path) -> str:

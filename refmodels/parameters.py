@@ -199,6 +199,23 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix[:-1], tree
 
 
+def copy_containers(tree: Any) -> Any:
+    """The same leaves in dictionaries and lists of their own. Private entries (`_...`) stay what they are."""
+    if isinstance(tree, dict):
+        return {key: child if key.startswith("_") else copy_containers(child) for key, child in tree.items()}
+    return [copy_containers(child) for child in tree] if isinstance(tree, list) else tree
+
+
+def replace_leaves(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """This tree with `leaf(x)` in the place of every x: one after the other, so that each x can go before the next is read."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        if isinstance(tree[key], dict | list):
+            replace_leaves(tree[key], leaf)
+        else:
+            tree[key] = leaf(tree[key])
+    return tree
+
+
 def check_leaves(leaves: Mapping[str, Any], parameters: Iterable[Parameter], owner: str) -> None:
     """ValueError unless these leaves, by path, are one for each parameter, of its shape, and those of adapters (`lora_...`)."""
     known = {parameter.path: parameter.shape for parameter in parameters}

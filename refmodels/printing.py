@@ -1,8 +1,46 @@
-"""What the commands print: JSON, columns, sizes."""
+"""What the commands print: JSON, columns, sizes; and what is said on standard error on the way."""
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+
+_line_is_open = False
+"""Whether standard output stands in the middle of a line."""
+
+
+def write(text: str) -> None:
+    """A piece of a text on standard output, at once."""
+    global _line_is_open
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    _line_is_open = not text.endswith("\n")
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    if sys.stderr is not None:  # else print would take standard output
+        print(text, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    """Tell somebody who waits at a terminal what is being done: `refmodels: compiling attention`, a line on standard error.
+
+    If that is no terminal, nothing. It never fails, so that libraries and plug-ins can call it anywhere.
+    """
+    with suppress(OSError, ValueError):  # it is closed, or a broken pipe
+        if sys.stderr is not None and sys.stderr.isatty():
+            say(f"{_fresh_line()}refmodels: {text}")
+
+
+def _fresh_line() -> str:
+    """What ends the line in whose middle a text on the same terminal stands."""
+    global _line_is_open
+    if not _line_is_open or sys.stdout is None or not sys.stdout.isatty():
+        return ""
+    _line_is_open = False
+    return "\n"
 
 
 def print_json(value: Any) -> None:

@@ -11,6 +11,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from refmodels.backbone import Backbone
 from refmodels.files import write_json
 from refmodels.op import Array
 from refmodels.ops.precision import FLOATS, narrow, numpy_dtype
-from refmodels.parameters import Parameter, check_leaves, flatten
+from refmodels.parameters import Parameter, check_leaves
+from refmodels.placement import Leaves
 from refmodels.staging import staged
 from refmodels.task import Task
 from refmodels.tokenizer_files import save_hugging_face
@@ -68,27 +71,28 @@ def write_preset(
 ) -> list[Tensor]:
     """`save_to_preset` into an empty directory; the tensors that are in it then."""
     backbone, limit = backbone_of(model), shard_bytes(max_shard_size)
-    tensors = [
-        Tensor(directory, parameter.keras, parameter.keras_shape, values.dtype, partial(_keras_values, parameter, values))
-        for parameter, values in leaves(backbone)
-    ]
-    arguments = backbone.get_config()
-    held = keras_config.keras_hub_can_hold(type(backbone).__name__, arguments)
-    if not held:
-        LOG.warning("KerasHub's %s cannot hold this model: its files are for refmodels alone", type(backbone).__name__)
-    check_room(directory, tensors)
-    package = "keras_hub" if held else "refmodels"
-    config = keras_config.envelope(backbone.family, arguments, package)
-    write_json(directory / "config.json", config)
-    metadata = {
-        "keras_version": "3.7.0",  # the versions whose form of files this is
-        "keras_hub_version": "0.17.0",
-        "parameter_count": backbone.count_params(),
-        "date_saved": time.strftime("%Y-%m-%d@%H:%M:%S"),
-        "tasks": ["Seq2SeqLM" if backbone.family == "t5" else "CausalLM"],
-    }
-    write_json(directory / "metadata.json", metadata)
-    keras_h5.write_tensors(directory, tensors, limit, reporting(progress, tensors))
+    with saved_leaves(backbone) as leaves:
+        tensors = [
+            Tensor(directory, leaf.parameter.keras, leaf.parameter.keras_shape, leaf.dtype, partial(_keras_values, leaf))
+            for leaf in leaves
+        ]
+        arguments = backbone.get_config()
+        held = keras_config.keras_hub_can_hold(type(backbone).__name__, arguments)
+        if not held:
+            LOG.warning("KerasHub's %s cannot hold this model: its files are for refmodels alone", type(backbone).__name__)
+        check_room(directory, tensors)
+        package = "keras_hub" if held else "refmodels"
+        config = keras_config.envelope(backbone.family, arguments, package)
+        write_json(directory / "config.json", config)
+        metadata = {
+            "keras_version": "3.7.0",  # the versions whose form of files this is
+            "keras_hub_version": "0.17.0",
+            "parameter_count": backbone.count_params(),
+            "date_saved": time.strftime("%Y-%m-%d@%H:%M:%S"),
+            "tasks": ["Seq2SeqLM" if backbone.family == "t5" else "CausalLM"],
+        }
+        write_json(directory / "metadata.json", metadata)
+        keras_h5.write_tensors(directory, tensors, limit, reporting(progress, tensors))
     if isinstance(model, Task):
         write_json(directory / "task.json", model.keras_object(config))
         if model.preprocessor is not None:
@@ -96,8 +100,8 @@ def write_preset(
     return tensors
 
 
-def _keras_values(parameter: Parameter, values: Array) -> Array:
-    return finite(parameter.keras, values.reshape(parameter.keras_shape))
+def _keras_values(leaf: "Leaf") -> Array:
+    return finite(leaf.parameter.keras, leaf.read().reshape(leaf.parameter.keras_shape))
 
 
 def write_hugging_face(
@@ -112,34 +116,37 @@ def write_hugging_face(
     family, tokenizer = backbone.family, model.tokenizer if isinstance(model, Task) else None
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
-    shared: dict[str, list[tuple[Parameter, Array]]] = {}  # BLOOM's query, key and value are one tensor
-    for parameter, values in leaves(backbone):
-        if values.dtype.name not in FLOATS:
-            raise ValueError(
-                f"{parameter.path} is quantised, which these files cannot hold: call dequantize(), or convert with --dequantize"
-            )
-        shared.setdefault(huggingface.stored_name(parameter, family), []).append((parameter, values))
     target = numpy_dtype(dtype or backbone.variable_dtype)
     token_ids = huggingface.TOKEN_IDS[family]
     if tokenizer is not None:
         of_tokenizer = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.start_token_id}
         token_ids = {name: of_tokenizer.get(name, tokenizer.end_token_id) for name in token_ids}
-    config = huggingface.configuration(family, backbone.get_config(), target.name, token_ids)
-    tensors = [
-        Tensor(directory, name, huggingface.stored_shape(members[0][0]), target, partial(_stored_values, name, members, target))
-        for name, members in shared.items()
-    ]
-    check_room(directory, tensors)
-    write_json(directory / "config.json", config)
-    write_json(directory / "generation_config.json", huggingface.generation_configuration(family, token_ids))
-    safetensors.write_tensors(directory, tensors, limit, reporting(progress, tensors))
+    with saved_leaves(backbone) as leaves:
+        shared: dict[str, list[Leaf]] = {}  # BLOOM's query, key and value are one tensor
+        for leaf in leaves:
+            if leaf.dtype.name not in FLOATS:
+                path = leaf.parameter.path
+                raise ValueError(
+                    f"{path} is quantised, which these files cannot hold: call dequantize(), or convert with --dequantize"
+                )
+            shared.setdefault(huggingface.stored_name(leaf.parameter, family), []).append(leaf)
+        config = huggingface.configuration(family, backbone.get_config(), target.name, token_ids)
+        shapes = {name: huggingface.stored_shape(members[0].parameter) for name, members in shared.items()}
+        tensors = [
+            Tensor(directory, name, shapes[name], target, partial(_stored_values, name, members, target))
+            for name, members in shared.items()
+        ]
+        check_room(directory, tensors)
+        write_json(directory / "config.json", config)
+        write_json(directory / "generation_config.json", huggingface.generation_configuration(family, token_ids))
+        safetensors.write_tensors(directory, tensors, limit, reporting(progress, tensors))
     if tokenizer is not None:
         save_hugging_face(tokenizer, directory)
     return tensors
 
 
-def _stored_values(name: str, members: list[tuple[Parameter, Array]], dtype: np.dtype[Any]) -> Array:
-    return finite(name, narrow(huggingface.stored(members), dtype))
+def _stored_values(name: str, members: "list[Leaf]", dtype: np.dtype[Any]) -> Array:
+    return finite(name, narrow(huggingface.stored([(leaf.parameter, leaf.read()) for leaf in members]), dtype))
 
 
 def finite(name: str, values: Array) -> Array:
@@ -168,13 +175,34 @@ def backbone_of(model: Backbone | Task) -> Backbone:
     return backbone
 
 
-def leaves(backbone: Backbone) -> Iterator[tuple[Parameter, Array]]:
-    """What is saved of a backbone: every parameter with its values, in the order of the table, adapters merged. ValueError for
-    a tree that does not fit the table."""
-    values = dict(flatten(lora.merged(backbone.params)))
-    check_leaves(values, backbone.parameters(), type(backbone).__name__)
-    for parameter in backbone.parameters():
-        yield parameter, np.asarray(values[parameter.path])
+@dataclass(frozen=True)
+class Leaf:
+    """What is saved of a parameter: `read()` gives its values, of this type."""
+
+    parameter: Parameter
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+
+
+@contextmanager
+def saved_leaves(backbone: Backbone) -> Iterator[list[Leaf]]:
+    """What is saved of a backbone, to read inside the block: every parameter in the order of the table, its adapter merged when
+    it is read. ValueError for a tree that does not fit the table, and for an adapter that cannot be merged."""
+    with backbone.leaves() as held:
+        check_leaves(held.forms, backbone.parameters(), type(backbone).__name__)
+        found = []
+        for parameter in backbone.parameters():
+            path, dtype = parameter.path, held.forms[parameter.path].dtype
+            layer, _, name = path.rpartition(".")
+            adapter = [f"{layer}.{leaf}" for leaf in lora.LEAVES if name == "kernel" and f"{layer}.{lora.A}" in held]
+            if adapter:
+                lora.check_mergeable(layer, dtype)
+            found.append(Leaf(parameter, dtype, partial(_values, held, path, adapter)))
+        yield found
+
+
+def _values(held: Leaves, path: str, adapter: list[str]) -> Array:
+    return lora.merged_kernel(*(held[name] for name in (path, *adapter))) if adapter else np.asarray(held[path])
 
 
 def shard_bytes(gibibytes: float) -> int:

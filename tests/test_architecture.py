@@ -30,7 +30,8 @@ ARROWS = {
     "quantization": {"arguments", "op", "ops", "parameters"},
     "generate": {"arguments", "op", "ops"},
     "samplers": {"files", "generate"},
-    "backbone": {"accelerator", "arguments", "op", "ops", "parameters", "quantization"},
+    "placement": {"accelerator", "op", "parameters"},
+    "backbone": {"accelerator", "arguments", "op", "ops", "parameters", "placement", "quantization"},
     "task": {"arguments", "backbone", "files", "generate", "op", "preprocessors", "samplers", "scoring", "tokenizers"},
     "causal_lm": {"generate", "op", "scoring", "task"},
     "seq_2_seq_lm": {"backbone", "generate", "op", "scoring", "task"},
@@ -49,7 +50,9 @@ ARROWS = {
     "presets": {"backbone", "files", "hub", "task", "weights", *MODELS},
     "hub": {"files", "weights"},
     "staging": {"files"},
-    "saving": {"backbone", "files", "lora", "op", "ops", "parameters", "staging", "task", "tokenizer_files", "weights"},
+    "saving": {
+        "backbone", "files", "lora", "op", "ops", "parameters", "placement", "staging", "task", "tokenizer_files", "weights",
+    },
     "convert": {"backbone", "loading", "ops", "presets", "saving", "staging", "task"},
     "loading": {
         "arguments", "backbone", "files", "op", "ops", "parameters", "preprocessor_files", "preprocessors", "presets",

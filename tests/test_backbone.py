@@ -487,14 +487,14 @@ def test_parameters_are_counted(family, arguments):
     model.summary(print_fn=lines.append)
     assert f" {model.count_params():,} " in lines[-1]
     assert "total" in lines[-1]
-    assert model._params is None  # neither of them drew a parameter
+    assert model.placement.empty  # neither of them drew a parameter
     assert model.count_params() == sum(leaf.size for leaf in leaves(model).values())
 
 
 def test_the_largest_model_is_counted_without_drawing_it():
     model = OPTBackbone(50272, 96, 96, 12288, 49152)
     assert model.count_params() == closed_form("opt", model) > 170e9
-    assert model._params is None
+    assert model.placement.empty
 
 
 # -- token embeddings -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from refmodels.bloom import BloomBackbone
 from refmodels.cli import SAMPLERS, cache_values_per_token, fastest_accelerator, layer_rows, main
 from refmodels.opt import OPTBackbone, OPTCausalLM
 from refmodels.parameters import flatten
+from refmodels.printing import progress
 from refmodels.t5 import T5Backbone
 
 h5py = pytest.importorskip("h5py")
@@ -261,6 +262,122 @@ def test_a_broken_accelerator_is_left_out_and_named(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "refmodels: note: accelerator 'cupy' does not load and is left out: RuntimeError: driver mismatch\n"
     )
+
+
+class Compiling(Accelerator):
+    """Compiles before or when it is first used, and has threads."""
+
+    def __init__(self, name, threads=None, fault=None):
+        super().__init__(name)
+        self.threads, self.fault, self.compiled = threads, fault, []
+
+    def configured(self, **settings):
+        return Compiling(self.name, **settings) if settings.keys() <= {"threads"} else super().configured(**settings)
+
+    def compile(self, report):
+        for i, kernel in enumerate(("linear", "attention"), start=1):
+            report(f"compiling {i}/2: {kernel}")
+            print("a compiler's chatter")
+        if self.fault is not None:
+            raise self.fault
+        return "ready, 2 kernels in 0.1 s"
+
+    def run(self, op, args, kwargs):
+        if op.name in ("linear", "greedy_token") and op.name not in self.compiled:
+            self.compiled.append(op.name)
+            progress(f"compiling {op.name}")
+        return super().run(op, args, kwargs)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """The one accelerator that is installed."""
+    found = Compiling("numba")
+    monkeypatch.setattr(accelerator, "installed", lambda: {"numba": plug_in(lambda: found)})
+    return found
+
+
+@pytest.mark.parametrize("arguments", [(), ("--accelerator", "numba")])
+def test_compile(run, compiling, arguments):
+    chatter = "a compiler's chatter\n"
+    lines = ["refmodels: compiling 1/2: linear\n", chatter, "refmodels: compiling 2/2: attention\n", chatter]
+    assert run("compile", *arguments) == (0, "numba: ready, 2 kernels in 0.1 s\n", "".join(lines))
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("no such\ntarget"), accelerator.AcceleratorError("no compiler"), OSError("full")]
+)
+def test_compiling_fails(run, compiling, fault):
+    compiling.fault = fault
+    status, out, err = run("compile")
+    assert (status, out) == (1, "")
+    said = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+    assert err.endswith(f"\nrefmodels: error: numba: compiling failed: {said}\n")
+
+
+def test_nothing_to_compile(run, monkeypatch):
+    monkeypatch.setattr(accelerator, "installed", lambda: {})
+    assert run("compile") == (0, "reference: nothing to compile\n", "")
+    assert run("compile", "--accelerator", "reference") == (0, "reference: nothing to compile\n", "")
+    monkeypatch.setattr(accelerator, "installed", lambda: {"cupy": plug_in(lambda: Accelerator("cupy"))})
+    assert run("compile") == (0, "cupy: nothing to compile\n", "")
+    monkeypatch.setattr(accelerator, "installed", lambda: {"cupy": plug_in(lambda: Absent("cupy"))})
+    status, out, err = run("compile", "--accelerator", "cupy")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "no such machine")
+
+
+@pytest.mark.parametrize("command", [("generate", "--max-new-tokens", "3"), ("score",)])
+def test_threads(run, compiling, monkeypatch, command):
+    made = []
+    monkeypatch.setattr(Compiling, "configured", lambda self, **settings: (made.append(settings), self)[1])
+    name, *options = command
+    wanted = run(name, "TINY", PROMPT, *options, "--accelerator", "reference")
+    for which in ((), ("--accelerator", "numba")):
+        made.clear()
+        assert run(name, "TINY", PROMPT, *options, *which, "--threads", "2") == wanted
+        assert {"threads": 2} in made
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+@pytest.mark.parametrize("which", [(), ("--accelerator", "reference"), ("--accelerator", "plain")])
+def test_threads_of_what_has_none(run, monkeypatch, command, which):
+    monkeypatch.setattr(accelerator, "installed", lambda: {"plain": plug_in(lambda: Accelerator("plain"))} if which else {})
+    status, out, err = run(command, "TINY", PROMPT, "--threads", "2", *which)
+    assert (status, out) == (2, "")
+    assert_one_line(err, "'plain' has no" if "plain" in which else "the reference has no", "setting 'threads'")
+    assert run(command, "TINY", PROMPT, "--threads", "0")[0] == 2
+
+
+def test_what_a_terminal_is_told(run, compiling, monkeypatch, preset):
+    """What was chosen, and what is compiled on the way: in lines of their own."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    text = expected(preset)
+    status, out, err = run("generate", "TINY", PROMPT, "--max-new-tokens", "12")
+    assert (status, out) == (0, text + "\n")
+    assert err == (
+        "refmodels: running on numba\n"
+        "\nrefmodels: compiling linear\n"  # the prompt stands there, without an end of its line
+        "refmodels: compiling greedy_token\n"
+    )
+    compiling.compiled.clear()
+    err = run("generate", "TINY", PROMPT, "--max-new-tokens", "12", "--accelerator", "numba", "--no-stream")[2]
+    assert err.startswith("refmodels: compiling linear\n")
+
+
+def test_nothing_else_is_told_anything(run, compiling, preset):
+    assert run("generate", "TINY", PROMPT, "--max-new-tokens", "12") == (0, expected(preset) + "\n", "")
+    assert compiling.compiled
+
+
+@pytest.mark.parametrize("stderr", [None, io.StringIO()])
+def test_progress_never_fails(monkeypatch, stderr):
+    if stderr is not None:
+        stderr.isatty = lambda: True
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    progress("compiling attention")
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------

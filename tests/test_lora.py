@@ -171,7 +171,7 @@ def test_enable_lora(family):
     model, before = make(family), outputs(make(family))
     model.enable_lora(3)
     assert np.array_equal(outputs(model), before), "b is zero"
-    found = lora.adapters(model.params)
+    found = lora.adapters(model)
     assert {path.rpartition(".")[2] for path in found} == {"query", "value"}
     assert len(found) == (
         12 if family == "t5" else 4
@@ -186,7 +186,7 @@ def test_enable_lora(family):
     again = make(family)
     _ = again.params  # drawn before, this time
     again.enable_lora(3)
-    same_adapters(lora.adapters(again.params), found)
+    same_adapters(lora.adapters(again), found)
     kernels = [path for path in again.trainable_parameters() if path.endswith(".kernel")]
     assert kernels == []
     assert len(again.trainable_parameters()) == len(found) * (2 if family == "t5" else 3)
@@ -206,7 +206,7 @@ def test_target_layer_names(names):
     ours = {"query_dense": "query", "attention_output": "output"}
     model = make("bloom")
     model.enable_lora(2, names)
-    found = lora.adapters(model.params)
+    found = lora.adapters(model)
     assert {path.rpartition(".")[2] for path in found} == {ours.get(name, name) for name in names} - {"attention_output"}
     assert len(found) % 2 == 0
 
@@ -214,13 +214,13 @@ def test_target_layer_names(names):
 def test_keras_hub_names_of_opt_and_t5():
     model = make("opt")
     model.enable_lora(2, ["attention_output", "feedforward_intermediate_dense"])
-    assert {path.removeprefix("layers.0.") for path in lora.adapters(model.params) if ".0." in path} == {
+    assert {path.removeprefix("layers.0.") for path in lora.adapters(model) if ".0." in path} == {
         "self_attention.output",
         "feedforward_intermediate_dense",
     }
     model = make("t5")
     model.enable_lora(2, ["output_projector"])
-    assert len(lora.adapters(model.params)) == 10  # of three attentions and two feed-forward parts in two layers
+    assert len(lora.adapters(model)) == 10  # of three attentions and two feed-forward parts in two layers
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "3", 10**6])
@@ -296,7 +296,7 @@ def test_merged_equals_unmerged(family, dtype):
 
 def test_a_merged_kernel_by_hand():
     model = with_random_adapters("opt")
-    kernel, adapter = leaves(model)[f"{QUERY['opt']}.kernel"], lora.adapters(model.params)[QUERY["opt"]]
+    kernel, adapter = leaves(model)[f"{QUERY['opt']}.kernel"], lora.adapters(model)[QUERY["opt"]]
     wanted = [
         [
             kernel[i, 4 * h + j] + sum(float(adapter.a[i, h, r]) * float(adapter.b[r, j]) for r in range(3))
@@ -335,7 +335,7 @@ def test_adapters_of_a_quantised_model(mode, tmp_path):
     with pytest.raises(ValueError, match=r"query: a quantised kernel cannot .* call dequantize\(\) first"):
         model.merge_lora()
     model.dequantize()
-    assert lora.adapters(model.params)["layers.1.self_attention.query"].rank == 2
+    assert lora.adapters(model)["layers.1.self_attention.query"].rank == 2
     model.merge_lora()
     assert not model.has_lora
 
@@ -350,7 +350,7 @@ def test_files_again_bit_for_bit(family, suffix, tmp_path):
     model.save_lora_weights(tmp_path / f"x{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
     other.load_lora_weights(str(tmp_path / f"x{suffix}"))
-    same_adapters(lora.adapters(other.params), lora.adapters(model.params))
+    same_adapters(lora.adapters(other), lora.adapters(model))
     assert np.array_equal(outputs(other), outputs(model))
     enabled = make(family)
     enabled.enable_lora(3)
@@ -449,7 +449,7 @@ def test_another_models_file(suffix, other, tmp_path):
     model = make("t5" if other == "t5" else "opt", **arguments)
     if suffix == ".safetensors" and other in ("more layers", "other heads"):
         model.load_lora_weights(tmp_path / f"x{suffix}")  # names say where they belong; groups need not be heads
-        assert len(lora.adapters(model.params)) == 4
+        assert len(lora.adapters(model)) == 4
         return
     with pytest.raises(CheckpointError, match=r"does not fit this (OPT|T5)Backbone: tensor"):
         model.load_lora_weights(tmp_path / f"x{suffix}")
@@ -528,7 +528,7 @@ def test_another_form_is_the_same_product(k, groups, rank, columns, scale, seed)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_any_shape_become_keras_hubs(family, tmp_path):
     model = with_random_adapters(family, "float64", names=["query"])
-    found = dict(lora.adapters(model.params))
+    found = dict(lora.adapters(model))
     first, second, *_ = found
     rng = np.random.default_rng(0)
     found[first] = Adapter(rng.standard_normal((8, 1, 2)), rng.standard_normal((2, 8)), 0.5)  # as PEFT has it
@@ -537,7 +537,7 @@ def test_adapters_of_any_shape_become_keras_hubs(family, tmp_path):
     model.save_lora_weights(tmp_path / "x.lora.h5")
     other = make(family, "float64")
     other.load_lora_weights(tmp_path / "x.lora.h5")
-    again = lora.adapters(other.params)
+    again = lora.adapters(other)
     assert len({adapter.rank for adapter in again.values()}) == 1
     assert not again[second].b.any()
     for path, adapter in found.items():
@@ -589,7 +589,7 @@ def test_a_peft_adapter_changes_the_kernel_by_its_product(family, tmp_path):
     a, b = factors(shape)
     model = make(family)
     model.load_peft_adapter(write_peft(tmp_path, {module: (a, b)}))
-    found = lora.adapters(model.params)
+    found = lora.adapters(model)
     assert found.keys() == {layer}
     assert np.array_equal(product(found[layer]), 4 * (b @ a).T)  # alpha / r = 8 / 2, and the weight there is transposed
 
@@ -599,7 +599,7 @@ def test_blooms_fused_module_is_three_layers(start, tmp_path):
     a, b = factors((24, 8))
     model = make("bloom")
     model.load_peft_adapter(write_peft(tmp_path, {start + FUSED.removeprefix("transformer."): (a, b)}))
-    found = lora.adapters(model.params)
+    found = lora.adapters(model)
     change = 4 * (b @ a)  # row: head, then query key value, then the place in the head
     for number, part in enumerate(("query", "key", "value")):
         rows = [12 * head + 4 * number + place for head in range(2) for place in range(4)]
@@ -624,7 +624,7 @@ def test_scales(fields, scale, tmp_path):
     module, shape, layer = PLAIN["opt"]
     model = make("opt", "float64")
     model.load_peft_adapter(write_peft(tmp_path, {module: factors(shape)}, **fields))
-    assert lora.adapters(model.params)[layer].scale == scale
+    assert lora.adapters(model)[layer].scale == scale
 
 
 REFUSED = {
@@ -675,7 +675,7 @@ def test_the_config_and_the_tensors_must_agree(fields, layers, tmp_path):
     model = make("opt")
     if isinstance(layers, int):
         model.load_peft_adapter(tmp_path)
-        assert len(lora.adapters(model.params)) == layers
+        assert len(lora.adapters(model)) == layers
     else:
         with pytest.raises(CheckpointError, match=layers):
             model.load_peft_adapter(tmp_path)
@@ -735,7 +735,7 @@ def test_a_peft_adapter_in_a_torch_file(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(archive({"data.pkl": state(**opcodes), **records}))
     model = make("opt")
     model.load_peft_adapter(tmp_path)
-    assert np.array_equal(product(lora.adapters(model.params)[layer]), 4 * (b @ a).T)
+    assert np.array_equal(product(lora.adapters(model)[layer]), 4 * (b @ a).T)
 
 
 def test_a_directory_with_an_adapter_alone_is_no_preset(tmp_path):
@@ -759,13 +759,13 @@ def test_peft_files_again(family, names, tmp_path):
         "adapter_model.safetensors",
     ]
     other.load_peft_adapter(tmp_path / "adapter")
-    found, wanted = lora.adapters(other.params), lora.adapters(model.params)
+    found, wanted = lora.adapters(other), lora.adapters(model)
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(product(found[path]), product(wanted[path])) for path in wanted)
     other.save_lora_weights(tmp_path / "x.lora.h5")
     last = make(family)
     last.load_lora_weights(tmp_path / "x.lora.h5")
-    again = lora.adapters(last.params)
+    again = lora.adapters(last)
     same_adapters({path: adapter for path, adapter in again.items() if path in wanted}, wanted)
     assert not any(adapter.b.any() for path, adapter in again.items() if path not in wanted)
 
@@ -799,7 +799,7 @@ def test_ranks_and_scales_of_several_kinds(tmp_path):
     assert set(config["rank_pattern"].values()) == {1, 5}
     other = make("bloom", "float64")
     other.load_peft_adapter(tmp_path)
-    found = lora.adapters(other.params)
+    found = lora.adapters(other)
     assert found.keys() == wanted.keys()
     for path, adapter in wanted.items():
         assert np.array_equal(product(found[path]), product(adapter)), path

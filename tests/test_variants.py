@@ -158,7 +158,7 @@ def test_parameters_are_counted(variant):
     model.summary(print_fn=lines.append)
     assert any("project_in" in line for line in lines) == (e != n)
     assert f" {model.count_params():,} " in lines[-1]
-    assert model._params is None
+    assert model.placement.empty
     assert sum(leaf.size for _, leaf in flatten(model.params)) == model.count_params()
 
 
