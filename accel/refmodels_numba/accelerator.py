@@ -9,7 +9,7 @@ import numpy as np
 
 from refmodels.accelerator import Accelerator, AcceleratorError
 from refmodels.op import Array, Op, Params, executor_in_force
-from refmodels_numba import packing
+from refmodels_numba import native, packing
 from refmodels_numba.layout import LANES, QUERIES
 from refmodels_numba.packing import Packed
 from refmodels_numba.team import Team, default_threads
@@ -54,16 +54,14 @@ class Numba(Accelerator):
     def take(self, params: Params) -> Params:
         return loaded(params, owned=True)
 
-    def unload(self, params: Params) -> Params:
-        return packing.mapped(params, packing.unpacked)
+    def unload(self, tree: Params) -> Params:
+        return packing.unpacked_tree(tree)
 
     def asnumpy(self, x: Any) -> Array:
-        return np.asarray(packing.unpacked(x))
+        return x.unpacked() if isinstance(x, Packed) else np.asarray(x)
 
-    def compile(self, report: Callable[[str], None]) -> None:
-        from refmodels_numba import native
-
-        native.load(report)
+    def compile(self, report: Callable[[str], None]) -> str:
+        return native.compile_ahead(report)
 
     def missing(self) -> str | None:
         for package in ("llvmlite", "numba"):

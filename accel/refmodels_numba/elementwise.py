@@ -1,7 +1,5 @@
 """Activation functions that NumPy computes in several passes, or value by value."""
 
-from typing import Any
-
 import numpy as np
 
 from refmodels.op import Array

@@ -5,6 +5,7 @@ another CPU finds another file. What is loaded is checked against the digest of 
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refmodels.printing import progress
 from refmodels_numba.layout import host_features
 
 HERE = Path(__file__).parent
@@ -30,12 +32,22 @@ _engines: list[Any] = []
 
 def execute(program: int, count: int, counters: int, scratch: int) -> None:
     """Run a program (`kernels/machine.py`); all four are integers, addresses but for the count."""
-    entry = _execute or load(None)
+    entry = _execute or load(progress)
     entry(program, count, counters, scratch)
 
 
-def load(report: Callable[[str], None] | None) -> Callable[[int, int, int, int], None]:
-    """The compiled entry, from disk or compiled now; `report` is given lines that say how far that is."""
+def compile_ahead(report: Callable[[str], None]) -> str:
+    """Have the code on disk; says in a few words where it is and what that took."""
+    start = time.perf_counter()
+    cached = _find() is not None
+    load(report)
+    path = _find()
+    where = "not cached: no directory can be written" if path is None else f"cached in {path.parent}"
+    return f"ready, {'loaded' if cached else 'compiled'} in {time.perf_counter() - start:.1f} s, {where}"
+
+
+def load(report: Callable[[str], None]) -> Callable[[int, int, int, int], None]:
+    """The compiled entry, from disk or compiled now; `report` is given lines that say how far it is."""
     global _execute
     with _loading:
         if _execute is None:
@@ -47,16 +59,13 @@ def load(report: Callable[[str], None] | None) -> Callable[[int, int, int, int],
     return _execute
 
 
-def is_cached() -> bool:
-    """Whether the code for this CPU and these sources is on disk."""
-    return _read() is not None
-
-
+@functools.cache
 def digest() -> str:
     """Of all that the machine code depends on."""
+    from importlib.metadata import version
+
     import llvmlite
     import llvmlite.binding as llvm
-    from importlib.metadata import version
 
     text = [version("numba"), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name()]
     text += sorted(host_features())
@@ -88,21 +97,29 @@ def _is_ours(path: Path) -> bool:
     return not hasattr(os, "getuid") or (status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022)
 
 
-def _read() -> tuple[bytes, str] | None:
-    name = f"{digest()}.o"
+def _find() -> Path | None:
+    """The file of this CPU and these sources, if there is one that only this user can have written."""
     for directory in directories():
-        path = directory / name
+        path = directory / f"{digest()}.o"
         try:
-            if not (_is_ours(directory) and _is_ours(path)):
-                continue
-            content = path.read_bytes()
+            if _is_ours(directory) and _is_ours(path):
+                return path
         except OSError:
             continue
-        symbol, _, rest = content.partition(b"\n")
-        checksum, _, code = rest.partition(b"\n")
-        if hashlib.sha256(symbol + code).hexdigest().encode() == checksum:
-            return code, symbol.decode()
     return None
+
+
+def _read() -> tuple[bytes, str] | None:
+    path = _find()
+    if path is None:
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    symbol, _, rest = content.partition(b"\n")
+    checksum, _, code = rest.partition(b"\n")
+    return (code, symbol.decode()) if hashlib.sha256(symbol + code).hexdigest().encode() == checksum else None
 
 
 def _write(code: bytes, symbol: str) -> None:
@@ -128,14 +145,10 @@ def _write(code: bytes, symbol: str) -> None:
         return
 
 
-def _compiled(report: Callable[[str], None] | None) -> tuple[bytes, str]:
+def _compiled(report: Callable[[str], None]) -> tuple[bytes, str]:
     from refmodels_numba.kernels import machine
 
-    start = time.perf_counter()
-    code = machine.compiled(report)
-    if report is not None:
-        report(f"compiled in {time.perf_counter() - start:.1f} s")
-    return code
+    return machine.compiled(report)
 
 
 def _linked(code: bytes, symbol: str) -> Callable[[int, int, int, int], None]:

@@ -174,15 +174,14 @@ def group_length(g_idx: Array) -> int | None:
     return block if block % 2 == 0 or block >= len(g) else None
 
 
-def mapped(tree: Any, leaf: Any) -> Any:
-    """A tree with leaf(x) in place of every x that is neither a dictionary nor a list; private entries are left out."""
+def unpacked_tree(tree: Any) -> Any:
+    """The host's tree in place of a loaded one: a packed leaf that nobody else holds goes when it has been unpacked."""
+    if isinstance(tree, Packed):
+        return tree.unpacked()
     if isinstance(tree, dict):
-        return {name: mapped(part, leaf) for name, part in tree.items() if not name.startswith("_")}
-    if isinstance(tree, list):
-        return [mapped(part, leaf) for part in tree]
-    return leaf(tree)
-
-
-def unpacked(leaf: Any) -> Any:
-    """The host's leaf."""
-    return leaf.unpacked() if isinstance(leaf, Packed) else leaf
+        tree.pop("_programs", {}).clear()  # they hold the packed leaves; a call that runs one holds it itself
+    elif not isinstance(tree, list):
+        return np.array(tree, order="C")
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        tree[key] = unpacked_tree(tree[key])
+    return tree

@@ -79,15 +79,14 @@ def execute(program, count, counters, scratch):
     wait_until(counters, total)
 
 
-def compiled(report: Callable[[str], None] | None) -> tuple[bytes, str]:
+def compiled(report: Callable[[str], None]) -> tuple[bytes, str]:
     """The object code of `execute` for this CPU, and the name of its symbol, which takes four integers as C passes them.
 
     The kernels are compiled one by one first, so that `report` can say how far it is.
     """
     steps = [*INSTRUCTIONS, "the machine"]
     for i, step in enumerate(steps):
-        if report is not None:
-            report(f"compiling {i + 1}/{len(steps)}: {step}")
+        report(f"compiling the kernels for this CPU, once: {i + 1}/{len(steps)}, {step}")
         if step in MODULES:
             getattr(MODULES[step], step).compile((types.int64,) * (2 + len(INSTRUCTIONS[step].split())))
     entry = cfunc(SIGNATURE, **INLINE)(execute)
