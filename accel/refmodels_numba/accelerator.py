@@ -140,10 +140,7 @@ def _packed_leaf(key: str, leaf: Any, others: Params, name: str, *, owned: bool)
         return packing.packed(leaf, by_rows=by_rows, owned=owned)
     if f"{key}_zero" in others:
         scale, zero, g_idx = others[f"{key}_scale"], others[f"{key}_zero"], others["g_idx"]
-        block = packing.group_length(g_idx)
-        if block is None:
-            return leaf
-        n = scale.shape[0 if by_rows else 1]
-        axis = 0 if key == "reverse_embeddings" else -1  # as `token_scores` and `dense` pass it
-        return packing.packed_int4(leaf, scale, zero, block, len(g_idx), n, by_rows=by_rows, axis=axis)
+        # Kernels and tables have two numbers of a row in a byte, the untied head's table two of a column.
+        axis = 0 if not by_rows and leaf.shape[0] != len(g_idx) else -1
+        return packing.packed_int4(leaf, scale, zero, g_idx, by_rows=by_rows, axis=axis)
     return packing.packed_int8(leaf, by_rows=by_rows, integer=f"{key}_scale" in others)

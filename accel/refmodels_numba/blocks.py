@@ -10,7 +10,7 @@ import numpy as np
 
 from refmodels.op import Array, Params, ShapeError
 from refmodels.ops.precision import compute_dtype, numpy_dtype
-from refmodels_numba.layout import ACTIVATIONS, INTEGER, ROUND, STORED
+from refmodels_numba.layout import ACTIVATIONS, INT8, INTEGER, ROUND, STORED
 from refmodels_numba.packing import Packed, address
 from refmodels_numba.program import Program, Slot
 from refmodels_numba.team import Team
@@ -76,7 +76,7 @@ class Block(Program):
             x,
             kernel,
             out,
-            column_scale=None if kernel.scales is not None else scale,
+            column_scale=scale if kernel.kind in (INT8, INTEGER) else None,
             bias=p.get("bias"),
             row_scales=0 if row_scales is None else row_scales,
             activation=ACTIVATIONS[activation],
@@ -99,13 +99,13 @@ class Block(Program):
             )
         if table.kind == INTEGER:
             x, row_scales = self.quantized(rows, x, table.k)
-        column_scale = None if table.scales is not None else p.get(f"{name}_weight_only_scale", p.get(f"{name}_scale"))
+        scale_of_columns = p.get(f"{name}_weight_only_scale", p.get(f"{name}_scale"))
         self.linear(
             rows,
             x,
             table,
             out,
-            column_scale=column_scale,
+            column_scale=scale_of_columns if table.kind in (INT8, INTEGER) else None,
             factor=factor,
             row_scales=row_scales or 0,
             rounding=self.rounding,
@@ -125,6 +125,8 @@ class Block(Program):
         **operands: Any,
     ) -> None:
         """Attention to keys and values whose strides, mask and number are slots that begin with `prefix`."""
+        if kind == UNREADABLE:
+            raise UnfusibleError("keys and values of another type or layout")
         strides = {
             name: self.slot(f"{prefix}{name}")
             for name in ("key_batch", "key_position", "key_head", "value_batch", "value_position", "value_head")
@@ -221,6 +223,8 @@ class Call:
         Their strides are those of the first. ShapeError, a ValueError, for a place that is not in a cache.
         """
         first = layers[0]["key"]
+        if len(first) < self.batch:
+            raise ShapeError(f"the cache has {len(first)} rows, wanted {self.batch}")
         end = self.t + (0 if start is None else int(start.max(initial=0)))
         if (start is not None and start.min(initial=0) < 0) or end > min(length, first.shape[1]):
             raise ShapeError(
@@ -265,11 +269,14 @@ class Call:
         self.sizes["bias_head"], self.sizes["bias_query"] = bias.strides[1], bias.strides[2]
 
 
+UNREADABLE = -1
+
+
 def cached_kind(cache: Array) -> int:
-    """How a cache is stored. UnfusibleError for a kind that kernels do not read."""
-    if cache.dtype.name not in STORED or cache.strides[-1] != cache.itemsize:
-        raise UnfusibleError(f"the cache is {cache.dtype}")
-    return STORED[cache.dtype.name]
+    """How keys or values are stored; UNREADABLE if kernels cannot read them."""
+    if cache.shape[-1] > 1 and cache.size and cache.strides[-1] != cache.itemsize:
+        return UNREADABLE
+    return STORED.get(cache.dtype.name, UNREADABLE)
 
 
 def program_of(p: Params, key: Any, build: Callable[[], Program]) -> Program | str:

@@ -61,8 +61,9 @@ def stack(params: Params, config: OPTConfig, kind: int | None, *, scores: bool) 
     hidden = x
     if config.has_projections:
         p = params["project_out"]
-        hidden = block.buffer("projected", "rows", p["kernel"].shape[1])
-        block.dense(block.inputs(x, [p]), p, hidden)
+        given = block.inputs(x, [p])
+        hidden = block.buffer("projected", "rows", p["kernel"].n)
+        block.dense(given, p, hidden)
     if scores:
         out = block.buffer("scores", "batch", config.vocabulary_size)
         block.scores(block.slot("batch"), hidden, params["token_embedding"], out)

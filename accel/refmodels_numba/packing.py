@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refmodels.op import Array
-from refmodels.ops.quantize import pack_int4, unpack_int4
+from refmodels.ops.quantize import dequantized_groups, pack_int4, unpack_int4
 from refmodels_numba.layout import FLOAT32, INT4, INT8, INTEGER, LANES, STORED
 
 
@@ -19,6 +19,7 @@ class Packed:
     k, n           rows and columns of the matrix; a table of embeddings (v, n) is the matrix (n, v) of its head: `by_rows`
     axis           of int4: the axis along which the host's leaf packs two numbers in a byte
     scales, zeros, block   of int4: float32 and int8 [panels, groups, 16], and the length of a group along k, which is even
+    host           the host's leaf, where panels do not hold it: of int4 in other groups, whose panels are float32
 
     int4 numbers and zeros are kept as 8 more than they are, from 0 to 15.
     """
@@ -36,10 +37,11 @@ class Packed:
         scales: Array | None = None,
         zeros: Array | None = None,
         block: int = 1,
+        host: Array | None = None,
     ) -> None:
         self.shape, self.dtype = leaf.shape, leaf.dtype
         self.kind, self.panels, self.k, self.n = kind, panels, k, n
-        self.by_rows, self.axis, self.scales, self.zeros, self.block = by_rows, axis, scales, zeros, block
+        self.by_rows, self.axis, self.scales, self.zeros, self.block, self.host = by_rows, axis, scales, zeros, block, host
 
     @property
     def ndim(self) -> int:
@@ -68,6 +70,8 @@ class Packed:
 
     def unpacked(self) -> Array:
         """The host's leaf again."""
+        if self.host is not None:
+            return np.array(self.host, order="C")
         matrix = self.matrix()
         if self.by_rows:
             matrix = matrix.T
@@ -148,11 +152,16 @@ def packed_int8(leaf: Array, *, by_rows: bool = False, integer: bool) -> Packed:
     return Packed(leaf, INTEGER, np.ascontiguousarray(pairs), k, n, by_rows=by_rows)
 
 
-def packed_int4(leaf: Array, scale: Array, zero: Array, block: int, k: int, n: int, *, by_rows: bool, axis: int) -> Packed:
-    """Packed int4 numbers of a matrix (k, n) in groups of `block` along k, or of a table (n, k) if `by_rows`.
+def packed_int4(leaf: Array, scale: Array, zero: Array, g_idx: Array, *, by_rows: bool, axis: int) -> Packed:
+    """Packed int4 numbers of a matrix (k, n) whose row i is in group g_idx[i], or of a table (n, k) if `by_rows`.
 
-    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`.
+    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that are no runs of one even length are rare: such a
+    matrix is kept as the float32 numbers that it stands for.
     """
+    k, n, block = len(g_idx), scale.shape[0 if by_rows else 1], group_length(g_idx)
+    if block is None:
+        numbers = dequantized_groups(leaf, scale, zero, g_idx, np.dtype(np.float32), axis=axis, group_axis=int(by_rows))
+        return Packed(leaf, FLOAT32, _panels(numbers.T if by_rows else numbers), k, n, by_rows=by_rows, host=leaf)
     values = unpack_int4.reference(leaf, leaf.shape[axis] * 2, axis=axis)
     values, scale, zero = (part.T if by_rows else part for part in (values, scale, zero))
     panels = _panels(values[:k, :n])

@@ -8,6 +8,7 @@ from refmodels.op import Array
 from refmodels.ops import quantize as ops
 from refmodels_numba import packing
 from refmodels_numba.accelerator import kernel, numba
+from refmodels_numba.layout import INT8, INTEGER
 from refmodels_numba.linear import check_ids, narrow_types, product
 from refmodels_numba.packing import Packed
 
@@ -23,7 +24,10 @@ def fits_int32(values: Any, *_: Any, dtype: str, **__: Any) -> bool | str:
 
 
 def _int8(leaf: Any, *, by_rows: bool = False, integer: bool) -> Packed:
-    return leaf if isinstance(leaf, Packed) else packing.packed_int8(leaf, by_rows=by_rows, integer=integer)
+    if isinstance(leaf, Packed) and leaf.kind == (INTEGER if integer else INT8):
+        return leaf
+    host = leaf.unpacked() if isinstance(leaf, Packed) else leaf
+    return packing.packed_int8(host, by_rows=by_rows, integer=integer)
 
 
 @kernel(ops.linear_int8, when=fits_int32)
@@ -56,18 +60,7 @@ def logits_weight_int8(x: Array, embeddings: Any, embeddings_scale: Array) -> Ar
     return product(x, _int8(embeddings, by_rows=True, integer=False), x.dtype.name, column_scale=embeddings_scale)
 
 
-def even_groups(
-    x: Any, kernel: Any, kernel_scale: Any, kernel_zero: Any, g_idx: Any, *_: Any, dtype: str | None = None, **__: Any
-) -> bool | str:
-    """groups of one even length"""
-    if x.dtype == np.float64 or dtype == "float64":
-        return "float64: the reference's"
-    if isinstance(kernel, Packed) or packing.group_length(g_idx) is not None:
-        return True
-    return "groups that are not runs of one even length"
-
-
-@kernel(ops.linear_int4, when=even_groups)
+@kernel(ops.linear_int4, when=narrow_types)
 def linear_int4(
     x: Array,
     kernel: Any,
@@ -81,24 +74,15 @@ def linear_int4(
 ) -> Array:
     """Weights are made in registers."""
     if not isinstance(kernel, Packed):
-        k, n, block = len(g_idx), kernel_scale.shape[1], packing.group_length(g_idx)
-        assert block is not None
-        kernel = packing.packed_int4(kernel, kernel_scale, kernel_zero, block, k, n, by_rows=False, axis=axis)
+        kernel = packing.packed_int4(kernel, kernel_scale, kernel_zero, g_idx, by_rows=False, axis=axis)
     return product(x, kernel, dtype or x.dtype.name, bias=bias)
 
 
-def even_groups_of_table(x: Any, embeddings: Any, embeddings_scale: Any, embeddings_zero: Any, g_idx: Any) -> bool | str:
-    """groups of one even length"""
-    return even_groups(x, embeddings, embeddings_scale, embeddings_zero, g_idx)
-
-
-@kernel(ops.logits_int4, when=even_groups_of_table)
+@kernel(ops.logits_int4, when=narrow_types)
 def logits_int4(x: Array, embeddings: Any, embeddings_scale: Array, embeddings_zero: Array, g_idx: Array) -> Array:
     """Weights are made in registers."""
     if not isinstance(embeddings, Packed):
-        k, n, block = len(g_idx), len(embeddings_scale), packing.group_length(g_idx)
-        assert block is not None
-        embeddings = packing.packed_int4(embeddings, embeddings_scale, embeddings_zero, block, k, n, by_rows=True, axis=-1)
+        embeddings = packing.packed_int4(embeddings, embeddings_scale, embeddings_zero, g_idx, by_rows=True, axis=-1)
     return product(x, embeddings, x.dtype.name)
 
 
@@ -122,6 +106,8 @@ def embedding_int4(
 ) -> Array:
     """Rows of a packed table."""
     check_ids(ids, embeddings)
+    if embeddings.host is not None:
+        return ops.embedding_int4.reference(ids, embeddings.host, embeddings_scale, embeddings_zero, g_idx, dtype=dtype)
     flat = ids.reshape(-1)
     rows, places = ops.pack_int4.reference(embeddings.rows(flat)), np.arange(len(flat)).reshape(ids.shape)
     parts = rows, embeddings_scale[flat], embeddings_zero[flat]

@@ -55,7 +55,7 @@ class Team:
     def _execute(self, job: Job) -> None:
         program, counters, scratch = job
         memory = getattr(self._own, "memory", None)
-        if memory is None or memory.nbytes < scratch:
+        if memory is None or memory.nbytes < scratch + 64:
             memory = self._own.memory = np.empty(scratch + 64, np.uint8)
         start = address(memory)
         native.execute(address(program), len(program), address(counters), start + -start % 64)
