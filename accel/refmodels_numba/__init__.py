@@ -1,6 +1,7 @@
 """T5, OPT and BLOOM on the CPU: kernels that Numba compiles once, for float32, float16, bfloat16, int8 and int4 weights.
 
-`numba` is the accelerator, found by its name: `from_preset(..., accelerator="numba")`. Numba itself is imported only to compile.
+`numba` is the accelerator, found by its name: `from_preset(..., accelerator="numba")`. To compile, and only then, Numba itself is
+imported.
 """
 
 from refmodels_numba import attention, bloom, cache, elementwise, linear, norm, opt, quantize, t5  # each registers its kernels

@@ -20,6 +20,8 @@ ROW_BLOCK = 384
 QUERIES = 8
 """Queries of one piece of work of attention: a block of keys is read for all of them."""
 KEYS = 64
+ADD, MULTIPLY = 1, 2
+"""How `elementwise` joins its two operands."""
 NO_BIAS, GIVEN_BIAS, RELATIVE_BIAS, ALIBI = range(4)
 REACH = 128
 """The distance from which on T5's relative bias is the same for all keys."""
@@ -30,12 +32,16 @@ INSTRUCTIONS = {
     "linear": "rows x k n weights kind scales zeros block bias factor row_scales activation gate residual out rounding "
     "residual_rounding",
     "norm": "rows x n gamma beta epsilon out rounding",
-    "quantize": "rows x k out row_scales",
+    "quantize": "rows x k out row_scales given",
     "write": "rows t heads size x out kind batch_stride position_stride head_stride start",
     "attention": "batch t s heads size query keys values kind key_batch key_position key_head value_batch value_position "
     "value_head scale mask mask_batch mask_query causal positions positions_batch bias_kind bias bias_batch bias_head "
     "bias_query out rounding",
-    "elementwise": "count x out activation factor rounding",
+    "scores": "batch t s heads size query keys kind key_batch key_position key_head scale bias_kind bias bias_batch bias_head "
+    "bias_query out",
+    "softmax": "batch t s heads scores mask mask_batch mask_query out",
+    "context": "batch t s heads size weights values kind value_batch value_position value_head out rounding",
+    "elementwise": "count x other combination out activation factor rounding",
 }
 """Instruction -> its operands, in the order of its kernel's parameters: addresses, sizes, and the bits of float64 numbers."""
 

@@ -14,11 +14,10 @@ from refmodels_numba.packing import Packed
 from refmodels_numba.program import Program
 
 
-def narrow_types(x: Any, *arguments: Any, dtype: str | None = None, **others: Any) -> bool | str:
+def narrow_types(*arguments: Any, dtype: str | None = None, **others: Any) -> bool | str:
     """float32, float16 and bfloat16"""
-    given = [x, *(part for part in (*arguments, *others.values()) if hasattr(part, "dtype"))]
-    wide = next((part for part in given if part.dtype == np.float64), None)
-    return "float64: the reference's" if wide is not None or dtype == "float64" else True
+    given = (part.dtype for part in (*arguments, *others.values()) if hasattr(part, "dtype"))
+    return "float64: the reference's" if dtype == "float64" or np.float64 in given else True
 
 
 def product(

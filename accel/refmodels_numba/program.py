@@ -106,8 +106,13 @@ class Program:
             **operands,
         )
 
-    def run(self, team: Team, sizes: dict[str, int], arguments: dict[str, int], *, keys: int = 0) -> dict[str, Array]:
-        """Run with these sizes and addresses by slot name; `keys` is the longest row of scores. Gives the buffers, flat."""
+    def run(
+        self, team: Team, sizes: dict[str, int], arguments: dict[str, int], *, keys: int = 0, alone: bool | None = None
+    ) -> dict[str, Array]:
+        """Run with these sizes and addresses by slot name; `keys` is the longest row of scores. Gives the buffers, flat.
+
+        `alone` says that one thread is to do it all; None decides by the weights that are read.
+        """
         if self._template is None:
             self._places, self._numbers = (np.array(part, np.int64) for part in zip(*self._filled, strict=True))
             self._template = np.array(self._code, np.int64)
@@ -126,8 +131,9 @@ class Program:
         code = self._template.copy()
         code.reshape(-1)[self._places] = values[self._numbers]
         scratch = max(TEMPORARY + 64 * self._widest, 8 * QUERIES + 4 * QUERIES * keys)
-        rows = sizes.get("rows", 1)
-        team.run(code, scratch, alone=self.weight_bytes * rows + 4 * keys * rows < FEW)
+        if alone is None:
+            alone = sizes["rows"] * (self.weight_bytes + 4 * keys) < FEW
+        team.run(code, scratch, alone=alone)
         return {
             name: memory[start + offset : start + offset + 4 * sizes[count] * width].view(np.float32)
             for name, offset, (count, width) in ((name, offset, self._buffers[name]) for name, offset in offsets.items())

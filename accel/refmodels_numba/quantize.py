@@ -1,5 +1,6 @@
 """Products with int8 and int4 weights, and look-ups in quantised tables."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy as np
 from refmodels.op import Array
 from refmodels.ops import quantize as ops
 from refmodels_numba import packing
-from refmodels_numba.accelerator import kernel, numba
+from refmodels_numba.accelerator import kernel, team
 from refmodels_numba.layout import INT8, INTEGER
 from refmodels_numba.linear import check_ids, narrow_types, product
 from refmodels_numba.packing import Packed
+from refmodels_numba.program import Program
 
 LONGEST = (2**31 - 1) // 127**2
 """Products of int8 numbers that add up in int32."""
@@ -114,5 +116,27 @@ def embedding_int4(
     return ops.embedding_int4.reference(places, *parts, g_idx, dtype=dtype)
 
 
-for op in (ops.row_scale, ops.quantize_rows):
-    numba.kernel(op, when="part of fused kernels; alone NumPy's few passes")(op.reference)
+def _quantized(x: Array, scale: Array | None) -> tuple[Array, Array]:
+    """int8 numbers and the scale of each row, which is made if it is not given."""
+    k, shape = x.shape[-1], x.shape[:-1]
+    rows = math.prod(shape)
+    scales = np.empty(rows, np.float32) if scale is None else np.array(scale, np.float32).reshape(rows)
+    values, given = np.empty((rows, k + k % 2), np.int8), np.ascontiguousarray(x, np.float32)
+    program = Program()
+    slots = {name: program.slot(name) for name in ("rows", "x", "out", "row_scales")}
+    program.add("quantize", **slots, k=k, given=int(scale is not None))
+    arrays = {"x": given, "out": values, "row_scales": scales}
+    program.run(team(), {"rows": rows}, {name: packing.address(array) for name, array in arrays.items()}, alone=True)
+    return values[:, :k].reshape(x.shape).copy(), scales.reshape(shape)
+
+
+@kernel(ops.row_scale, when=narrow_types)
+def row_scale(x: Array) -> Array:
+    """Part of the fused kernels of quantised models."""
+    return _quantized(x, None)[1]
+
+
+@kernel(ops.quantize_rows, when=narrow_types)
+def quantize_rows(x: Array, scale: Array) -> Array:
+    """Part of the fused kernels of quantised models."""
+    return _quantized(x, scale)[0]

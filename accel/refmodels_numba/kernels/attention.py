@@ -81,6 +81,38 @@ def add_bias(scores, bias_kind, bias, row, head, query, position, bias_batch, bi
 
 
 @njit(**INLINE)
+def products(kind, query, rows, stride, count, size, out):
+    """out[j] = query . row j for j below `count`."""
+    if kind == FLOAT32:
+        dots_float32(query, rows, stride, count, size, out)
+    elif kind == BFLOAT16:
+        dots_bfloat16(query, rows, stride, count, size, out)
+    else:
+        dots_float16(query, rows, stride, count, size, out)
+
+
+@njit(**INLINE)
+def permitted_end(mask, s):
+    """One more than the last permitted key; 0 if there is none."""
+    permitted = bytes_(mask, s)
+    end = s
+    while end > 0 and permitted[end - 1] == 0:
+        end -= 1
+    return end
+
+
+@njit(**INLINE)
+def exponentials(scores, count, mask):
+    """exp(score - largest) in place, over the permitted keys; 0 for the others."""
+    seen, permitted = floats(scores, count), bytes_(mask, count)
+    for j in range(count):
+        seen[j] = seen[j] if permitted[j] else f32(-np.inf)
+    peak = largest_of(scores, count, 0)
+    for j in range(count):
+        seen[j] = exp(seen[j] - peak)
+
+
+@njit(**INLINE)
 def attention_chunks(batch, t, s, heads):
     """Pieces of work."""
     return batch * heads * ((t + QUERIES - 1) // QUERIES)
@@ -105,48 +137,32 @@ def attention(
     scores = scratch + 8 * QUERIES
     longest = 0
     for i in range(count):
-        permitted = bytes_(mask + row * mask_batch + (first + i) * mask_query, s)
         end = s
         if causal != 0:
             end = min(end, words(positions + row * positions_batch, t)[first + i] + 1)
-        while end > 0 and permitted[end - 1] == 0:
-            end -= 1
-        ends[i] = max(end, 0)
+        ends[i] = permitted_end(mask + row * mask_batch + (first + i) * mask_query, max(end, 0))
         longest = max(longest, ends[i])
     for j in range(0, longest, KEYS):
         for i in range(count):
             here = min(KEYS, ends[i] - j)
             if here > 0:
                 given, result = query + 4 * ((row * t + first + i) * heads + head) * size, scores + 4 * (i * s + j)
-                if kind == FLOAT32:
-                    dots_float32(given, key_row + j * key_position, key_position, here, size, result)
-                elif kind == BFLOAT16:
-                    dots_bfloat16(given, key_row + j * key_position, key_position, here, size, result)
-                else:
-                    dots_float16(given, key_row + j * key_position, key_position, here, size, result)
+                products(kind, given, key_row + j * key_position, key_position, here, size, result)
     for i in range(count):
-        weights = floats(scores + 4 * i * s, s)
         if ends[i] == 0:  # no key is permitted: all weigh the same
-            weights[:] = f32(1.0)
-            ends[i] = s
-            longest = s
-        else:
-            seen, factor = weights[: ends[i]], f32(double_of(scale))
-            for j in range(len(seen)):
-                seen[j] = seen[j] * factor
-            position = first + i
-            if positions != 0:
-                position = words(positions + row * positions_batch, t)[first + i]
-            add_bias(seen, bias_kind, bias, row, head, first + i, position, bias_batch, bias_head, bias_query)
-            permitted = bytes_(mask + row * mask_batch + (first + i) * mask_query, s)
-            for j in range(len(seen)):
-                seen[j] = seen[j] if permitted[j] else f32(-np.inf)
-            peak = largest_of(scores + 4 * i * s, len(seen), 0)
-            for j in range(len(seen)):
-                seen[j] = exp(seen[j] - peak)
+            floats(scores + 4 * i * s, s)[:] = f32(1.0)
+            ends[i] = longest = s
+            continue
+        seen, factor = floats(scores + 4 * i * s, ends[i]), f32(double_of(scale))
+        for j in range(len(seen)):
+            seen[j] = seen[j] * factor
+        position = first + i
+        if positions != 0:
+            position = words(positions + row * positions_batch, t)[first + i]
+        add_bias(seen, bias_kind, bias, row, head, first + i, position, bias_batch, bias_head, bias_query)
+        exponentials(scores + 4 * i * s, ends[i], mask + row * mask_batch + (first + i) * mask_query)
     for i in range(count):
-        result = floats(out + 4 * ((row * t + first + i) * heads + head) * size, size)
-        result[:] = f32(0.0)
+        floats(out + 4 * ((row * t + first + i) * heads + head) * size, size)[:] = f32(0.0)
     for j in range(0, longest, KEYS):
         for i in range(count):
             here = min(KEYS, ends[i] - j)
@@ -154,8 +170,78 @@ def attention(
                 place = out + 4 * ((row * t + first + i) * heads + head) * size
                 add_rows(kind, scores + 4 * (i * s + j), value_row + j * value_position, value_position, here, size, place)
     for i in range(count):
+        if ends[i] == 0:  # there are no keys at all
+            continue
         total = sum_of(scores + 4 * i * s, ends[i], 0)
         result = floats(out + 4 * ((row * t + first + i) * heads + head) * size, size)
         for j in range(size):
             result[j] = result[j] / total
         rounded(result, rounding)
+
+
+# The three steps one by one, for whoever needs what lies between them. A piece of work is one query of one head.
+
+
+@njit(**INLINE)
+def scores_chunks(batch, t, s, heads):
+    """Pieces of work."""
+    return batch * heads * t
+
+
+@njit(**INLINE)
+def scores(
+    chunk, scratch, batch, t, s, heads, size, query, keys, kind, key_batch, key_position, key_head, scale, bias_kind, bias,
+    bias_batch, bias_head, bias_query, out,
+):  # fmt: skip
+    """scale * query . key + bias of one query."""
+    row, head, i = chunk // (t * heads), (chunk // t) % heads, chunk % t
+    place, factor = out + 4 * chunk * s, f32(double_of(scale))
+    given = query + 4 * ((row * t + i) * heads + head) * size
+    products(kind, given, keys + row * key_batch + head * key_head, key_position, s, size, place)
+    result = floats(place, s)
+    for j in range(s):
+        result[j] = result[j] * factor
+    add_bias(result, bias_kind, bias, row, head, i, i, bias_batch, bias_head, bias_query)
+
+
+@njit(**INLINE)
+def softmax_chunks(batch, t, s, heads):
+    """Pieces of work."""
+    return batch * heads * t
+
+
+@njit(**INLINE)
+def softmax(chunk, scratch, batch, t, s, heads, scores, mask, mask_batch, mask_query, out):
+    """exp(score) / sum of exp(score) over the permitted keys of one query; 0 for the others."""
+    row, i, place = chunk // (t * heads), chunk % t, out + 4 * chunk * s
+    here = mask + row * mask_batch + i * mask_query
+    given, result, end = floats(scores + 4 * chunk * s, s), floats(place, s), permitted_end(here, s)
+    if end == 0:
+        result[:] = f32(1.0) / f32(s)
+        return
+    for j in range(s):
+        result[j] = given[j] if j < end else f32(0.0)
+    exponentials(place, end, here)
+    total = sum_of(place, end, 0)
+    for j in range(end):
+        result[j] = result[j] / total
+
+
+@njit(**INLINE)
+def context_chunks(batch, t, s, heads):
+    """Pieces of work."""
+    return batch * heads * t
+
+
+@njit(**INLINE)
+def context(
+    chunk, scratch, batch, t, s, heads, size, weights, values, kind, value_batch, value_position, value_head, out, rounding
+):  # fmt: skip
+    """The mean of the values by the weights of one query."""
+    row, head, i = chunk // (t * heads), (chunk // t) % heads, chunk % t
+    place = out + 4 * ((row * t + i) * heads + head) * size
+    result = floats(place, size)
+    result[:] = f32(0.0)
+    start = values + row * value_batch + head * value_head
+    add_rows(kind, weights + 4 * chunk * s, start, value_position, s, size, place)
+    rounded(result, rounding)

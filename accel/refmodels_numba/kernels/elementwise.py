@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from refmodels_numba.kernels.vector import bits_of, double_of, float_of, floats, larger, multiply_add, nearest, smaller
-from refmodels_numba.layout import ACTIVATIONS, BFLOAT16, FLOAT16
+from refmodels_numba.layout import ACTIVATIONS, ADD, BFLOAT16, FLOAT16, MULTIPLY
 
 INLINE = {"error_model": "numpy", "nogil": True, "_nrt": False}
 """Options of every function here. No fast mathematics: infinities and NaN count, and no sum may be reordered."""
@@ -122,13 +122,22 @@ def elementwise_chunks(count):
 
 
 @njit(**INLINE)
-def elementwise(chunk, scratch, count, x, out, activation, factor, rounding):
-    """out = round(activation(factor * x))."""
+def elementwise(chunk, scratch, count, x, other, combination, out, activation, factor, rounding):
+    """out = round(activation(factor * x)), or that of x + other or x * other."""
     first = chunk * PIECE
     size = min(count - first, PIECE)
     given, result = floats(x + 4 * first, size), floats(out + 4 * first, size)
-    scale = f32(double_of(factor))
-    for i in range(size):
-        result[i] = given[i] * scale
+    if combination == ADD:
+        second = floats(other + 4 * first, size)
+        for i in range(size):
+            result[i] = given[i] + second[i]
+    elif combination == MULTIPLY:
+        second = floats(other + 4 * first, size)
+        for i in range(size):
+            result[i] = given[i] * second[i]
+    else:
+        scale = f32(double_of(factor))
+        for i in range(size):
+            result[i] = given[i] * scale
     activate(result, activation)
     rounded(result, rounding)

@@ -34,7 +34,7 @@ def panel_bytes(kind, k):
     """The size of one panel of a matrix with k rows."""
     if kind == FLOAT32:
         return 64 * k
-    if kind == BFLOAT16 or kind == FLOAT16:
+    if kind in (BFLOAT16, FLOAT16):
         return 32 * k
     if kind == INT8:
         return 16 * k
@@ -172,15 +172,15 @@ def rows_together(kind, rows):
     """Rows of the tiles for so many rows: one, four, or as many as there are registers for."""
     if rows < 4:
         return 1
-    if kind == INTEGER or rows < ROWS or (rows <= 8 and (kind == BFLOAT16 or kind == FLOAT16 or kind == INT8)):
+    if kind == INTEGER or rows < ROWS or (rows <= 8 and kind in (BFLOAT16, FLOAT16, INT8)):
         return 4
     return ROWS
 
 
 @njit(**INLINE)
 def linear(
-    chunk, scratch, rows, x, k, n, weights, kind, scales, zeros, block, bias, factor, row_scales, activation, gate, residual, out,
-    rounding, residual_rounding,
+    chunk, scratch, rows, x, k, n, weights, kind, scales, zeros, block, bias, factor, row_scales, activation, gate, residual,
+    out, rounding, residual_rounding,
 ):  # fmt: skip
     """residual + gate * activation(factor * x @ weights + bias), all but the product optional (address or code 0)."""
     together, all_panels = panels_together(k), (n + LANES - 1) // LANES
@@ -206,7 +206,7 @@ def linear(
                 )  # fmt: skip
             panel += panels
             continue
-        direct = kind == FLOAT32 or kind == INTEGER or (height == 4 and kind != INT4)
+        direct = kind in (FLOAT32, INTEGER) or (height == 4 and kind != INT4)
         if not direct:
             widen(kind, at, scratch + TEMPORARY, k, zeros_at, block)
             at = scratch + TEMPORARY

@@ -21,6 +21,9 @@ MODULES = {
     "quantize": quantize,
     "write": cache,
     "attention": attention,
+    "scores": attention,
+    "softmax": attention,
+    "context": attention,
     "elementwise": elementwise,
 }
 PATIENCE = 2000

@@ -16,27 +16,26 @@ def quantize_chunks(rows):
 
 
 @njit(**INLINE)
-def quantize(chunk, scratch, rows, x, k, out, row_scales):
-    """row_scale and quantize_rows, into rows of even length: a row of odd k gets a zero behind."""
+def quantize(chunk, scratch, rows, x, k, out, row_scales, given):
+    """row_scale, unless the scales are `given`, and quantize_rows, into rows of even length: odd k gets a zero behind."""
     even = k + k % 2
     scales = floats(row_scales, rows)
     for row in range(chunk * ROWS, min(rows, (chunk + 1) * ROWS)):
-        given, result = floats(x + 4 * row * k, k), signed_bytes(out + row * even, even)
-        largest = largest_magnitude_of(x + 4 * row * k, k, 0)
-        # Infinity minus itself is NaN, and a NaN in the row makes one of its sum.
-        scale = f32(127.0) / (largest + f32(1e-7)) + (largest - largest)
-        total = sum_of(x + 4 * row * k, k, 0)
-        if total != total:
-            for i in range(k):
-                if given[i] != given[i]:
-                    scale = f32(np.nan)
-        scales[row] = scale
-        if scale != scale:
-            result[:] = 0
-            continue
+        values, result = floats(x + 4 * row * k, k), signed_bytes(out + row * even, even)
+        scale = scales[row]
+        if given == 0:
+            largest = largest_magnitude_of(x + 4 * row * k, k, 0)
+            # Infinity minus itself is NaN, and a NaN in the row makes one of its sum.
+            scale = f32(127.0) / (largest + f32(1e-7)) + (largest - largest)
+            total = sum_of(x + 4 * row * k, k, 0)
+            if total != total:
+                for i in range(k):
+                    if values[i] != values[i]:
+                        scale = f32(np.nan)
+            scales[row] = scale
         for i in range(k):
-            level = nearest(given[i] * scale)
-            level = min(max(level, f32(-127.0)), f32(127.0))
+            level = nearest(values[i] * scale)
+            level = min(max(level, f32(-127.0)), f32(127.0)) if level == level else f32(0.0)
             result[i] = np.int8(np.int32(level))
         if even > k:
             result[k] = 0
