@@ -486,9 +486,9 @@ def beam_search(
 
 
 def select_rows(cache: Any, rows: Array) -> Any:
-    """A cache whose row i is row rows[i] of the given one."""
+    """A cache whose row i is row rows[i] of the given one, without an accelerator's private entries (`_...`)."""
     if isinstance(cache, dict):
-        return {name: select_rows(part, rows) for name, part in cache.items()}
+        return {name: select_rows(part, rows) for name, part in cache.items() if not name.startswith("_")}
     if isinstance(cache, list):
         return [select_rows(part, rows) for part in cache]
     return cache_select(cache, rows)

@@ -217,37 +217,42 @@ class Call:
         self.array("positions", positions)
         self.sizes["positions_batch"] = 8 * self.t if len(positions) > 1 else 0
 
-    def caches(self, layers: list[Params], start: Array | None, length: int) -> None:
+    def caches(self, layers: list[Params], start: Array | None, length: int, cache: Params | None = None) -> None:
         """The caches of the layers, of which `length` positions are looked at, and where each row's tokens begin in them.
 
-        Their strides are those of the first. ShapeError, a ValueError, for a place that is not in a cache.
+        What does not change from step to step is kept in `cache`. ShapeError for a place that is not in a cache.
         """
-        first = layers[0]["key"]
-        if len(first) < self.batch:
-            raise ShapeError(f"the cache has {len(first)} rows, wanted {self.batch}")
+        self._where("", layers, length, cache)
+        rows, capacity = layers[0]["key"].shape[:2]
+        if rows < self.batch:
+            raise ShapeError(f"the cache has {rows} rows, wanted {self.batch}")
         end = self.t + (0 if start is None else int(start.max(initial=0)))
-        if (start is not None and start.min(initial=0) < 0) or end > min(length, first.shape[1]):
-            raise ShapeError(
-                f"positions up to {end - 1} are written, but {length} of the cache's {first.shape[1]} are looked at"
-            )
-        for i, layer in enumerate(layers):
-            for name in ("key", "value"):
-                if layer[name].strides != layers[0][name].strides or layer[name].shape != first.shape:
-                    raise ShapeError(f"the cache of layer {i} is not like that of layer 0")
-                self.array(f"{name}{i}", layer[name])
-        self.keys_values("", first, layers[0]["value"], length)
+        if (start is not None and start.min(initial=0) < 0) or end > min(length, capacity):
+            raise ShapeError(f"positions up to {end - 1} are written, but {length} of the cache's {capacity} are looked at")
         self.start(start)
 
-    def encoded(self, layers: list[Params], padding_mask: Array | None) -> None:
+    def encoded(self, layers: list[Params], padding_mask: Array | None, cache: Params | None = None) -> None:
         """Keys and values of the encoder's output for each layer, and if given its padding mask (b, s)."""
-        for i, layer in enumerate(layers):
-            for name in ("key", "value"):
-                if layer[name].strides != layers[0][name].strides or layer[name].shape != layers[0][name].shape:
-                    raise ShapeError(f"the encoder's {name} for layer {i} is not like that for layer 0")
-                self.array(f"cross_{name}{i}", layer[name])
-        self.keys_values("cross_", layers[0]["key"], layers[0]["value"], layers[0]["key"].shape[1])
+        self._where("cross_", layers, layers[0]["key"].shape[1], cache)
         if padding_mask is not None:
             self.mask("cross_", padding_mask[:, None, None, :])
+
+    def _where(self, prefix: str, layers: list[Params], length: int, cache: Params | None) -> None:
+        """Addresses and strides of keys and values, `length` positions of which are looked at. All layers' must be alike."""
+        known = None if cache is None else cache.get(f"_{prefix}addresses")
+        if known is None:
+            known = {}
+            for i, layer in enumerate(layers):
+                for name in ("key", "value"):
+                    array, first = layer[name], layers[0][name]
+                    if array.strides != first.strides or array.shape != first.shape:
+                        raise ShapeError(f"the {name} of layer {i} is not like that of layer 0")
+                    known[f"{prefix}{name}{i}"] = address(array)
+            if cache is not None:
+                cache[f"_{prefix}addresses"] = known
+        self._kept.append(layers)
+        self.addresses.update(known)
+        self.keys_values(prefix, layers[0]["key"], layers[0]["value"], length)
 
     def start(self, start: Array | None) -> None:
         """Where each row's tokens begin in the cache; None is 0."""

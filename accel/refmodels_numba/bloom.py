@@ -83,7 +83,7 @@ def _call(
         call.own_keys_values(config.num_heads, config.head_dim)
     else:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
-        call.caches(cache["layers"], start, padding_mask.shape[1])
+        call.caches(cache["layers"], start, padding_mask.shape[1], cache)
     call.mask("", padding_mask[:, None, None, :])
     return call
 

@@ -93,13 +93,13 @@ def _call(
     if config.has_projections:
         token = dense(token, **params["project_in"])
     places = positions if position_ids is None else position_ids
-    call = Call(add(token, embedding(places, **params["position_embedding"], dtype=dtype)))
+    call = Call(add.reference(token, embedding(places, **params["position_embedding"], dtype=dtype)))  # too few for threads
     call.positions(positions)
     if cache is None:
         call.own_keys_values(config.num_heads, config.head_dim)
     else:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
-        call.caches(cache["layers"], start, padding_mask.shape[1])
+        call.caches(cache["layers"], start, padding_mask.shape[1], cache)
     call.mask("", padding_mask[:, None, None, :])
     return call
 

@@ -180,9 +180,9 @@ def _call(
         call.own_keys_values(config.num_heads, config.head_dim)
     else:
         padding_mask = cache_append(cache["padding_mask"], padding_mask, start)
-        call.caches(cache["layers"], start, padding_mask.shape[1])
+        call.caches(cache["layers"], start, padding_mask.shape[1], cache)
     call.mask("", padding_mask[:, None, None, :])
-    call.encoded(encoded, encoder_padding_mask)
+    call.encoded(encoded, encoder_padding_mask, cache if cache is not None and cache.get("encoded") is encoded else None)
     return call
 
 
