@@ -31,6 +31,7 @@ from refmodels.coverage import COMPOSITE, OWN, coverage
 from refmodels.numerics import calibrated, compare
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import pack_int4, quantized_groups
+from refmodels.ops.sampling import beam_candidates, likeliest_tokens, sample_token
 
 SMALL = {"vocabulary_size": 37, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "intermediate_dim": 70, "seed": 2}
 MODELS = {
@@ -119,9 +120,23 @@ def test_nothing_with_arithmetic_is_left_to_the_reference():
         "cache_allocate", "cache_append", "split_heads", "merge_heads", "last_rows", "linear_activation", "dropout",
         "causal_mask", "key_mask", "token_positions", "relative_position_buckets", "relative_position_bias", "alibi_slopes",
         "alibi_bias", "pack_int4", "unpack_int4", "lora_merged", "log_softmax", "token_log_probs", "penalise_repetition",
-        "forbid_ngrams", "allow_tokens", "has_choice", "greedy_token", "sample_token", "beam_candidates",
-        "likeliest_tokens", "contrastive_choice",
+        "forbid_ngrams", "allow_tokens", "has_choice", "greedy_token", "contrastive_choice",
     }  # fmt: skip
+
+
+def test_tokens_are_chosen_as_by_sorting_the_vocabulary():
+    """Ties and all, in vocabularies larger than those that the conformance suite draws."""
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        logits = (3 * rng.standard_normal((2, 2000))).astype(np.float32)
+        logits = np.round(logits) if i % 2 else logits
+        settings = {"top_k": rng.integers(1, 65, 2), "top_p": rng.random(2), "temperature": rng.random(2) + 0.1}
+        uniform = rng.random(2)
+        with use(numba):
+            got = sample_token(logits, uniform, **settings), *beam_candidates(logits, uniform, 9), *likeliest_tokens(logits, 7)
+        reference = sample_token.reference, beam_candidates.reference, likeliest_tokens.reference
+        wanted = reference[0](logits, uniform, **settings), *reference[1](logits, uniform, 9), *reference[2](logits, 7)
+        assert all(map(np.array_equal, got, wanted))
 
 
 # -- to the bit -----------------------------------------------------------------------------------------------------------
