@@ -106,7 +106,7 @@ class Side:
             self.process.wait()
 
 
-# -- the table ----------------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------------
 
 
 def ratio_to_best_peer(side: Side, sides: Sequence[Side], figure: str) -> float | None:
@@ -179,7 +179,7 @@ def with_section(document: str, model: str, text: str) -> str:
     return f"{document.rstrip()}\n\n{block}\n"
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -191,7 +191,7 @@ def prepare_model(preset: str, work: Path) -> Any:
     """Write the random model for everybody, as Hugging Face's files and KerasHub's, unless it is there; its backbone."""
     from refmodels import Backbone
 
-    backbone: Backbone = Backbone.from_preset(preset, load_weights=False, seed=SEED)  # type: ignore[type-abstract]
+    backbone: Backbone = Backbone.from_preset(preset, load_weights=False, seed=SEED)
     for form, save in (("hf", backbone.save_to_hf), ("keras", backbone.save_to_preset)):
         if not (work / form).exists():
             say(f"writing {form} files")
@@ -302,7 +302,10 @@ def run(options: argparse.Namespace, model: str, work: Path) -> str:
             measured.append(machine.measured_limits(options.threads))
         for side in sides:
             if not side.problem:
-                side.about = side.ask(do="describe")
+                try:
+                    side.about = side.ask(do="describe")
+                except RuntimeError as error:
+                    fail(side, str(error))
     finally:
         for side in sides:
             side.end()
@@ -344,7 +347,7 @@ def facts(
     }
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------------------------------
 
 
 def make_environments(root: Path) -> None:
@@ -428,4 +431,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the workers, most of which are stopped
     sys.exit(main())
