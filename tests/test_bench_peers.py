@@ -47,6 +47,8 @@ def test_the_ratio_is_to_the_fastest_peer_of_the_type_round_by_round(peers, side
     assert peers.ratio_to_best_peer(ours, sides, "decode 1") == 1.5
     assert peers.ratio_to_best_peer(ours, sides, "decode 8") is None
     assert peers.ratio_to_best_peer(alone, sides, "prefill") is None
+    fast.problem = "it ended"
+    assert peers.ratio_to_best_peer(ours, sides, "prefill") == 2.0  # of 3, 1 and 2
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Side:
 
 def ratio_to_best_peer(side: Side, sides: Sequence[Side], figure: str) -> float | None:
     """This side's speed over that of the fastest peer in the same type: the median of the ratios of each round."""
-    peers = [s for s in sides if s.dtype == side.dtype and not s.accelerator and s.speeds[figure]]
+    peers = [s for s in sides if s.dtype == side.dtype and not s.accelerator and not s.problem and s.speeds[figure]]
     if not peers or not side.speeds[figure]:
         return None
     best = max(peers, key=lambda s: statistics.median(s.speeds[figure]))
