@@ -64,8 +64,8 @@ def test_the_table(peers, sides):
     assert peers.table(sides, limits) == [
         "| type | system | prefill | decode, 1 row | decode, 8 rows | same tokens | start | memory | installed |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| float32 | refmodels, reference | 200 (0.75) | 30.0 (1.50) |  | 3 of 3 | 1.2 s | 500 MB | 150 MB |",
-        "| float32 | fast | 200 (1.00) | 10.0 (0.50) |  | 1 of 3 | 1.2 s | 500 MB | 150 MB |",
+        "| float32 | refmodels, reference | 200 (0.75) | 30.0 (3.00) |  | 3 of 3 | 1.2 s | 500 MB | 150 MB |",
+        "| float32 | fast | 200 (1.00) | 10.0 (1.00) |  | 1 of 3 | 1.2 s | 500 MB | 150 MB |",
         "| float32 | *the machine's limit* | 1,000 | 44 | 352 |  |  |  |  |",
         "| int8 | refmodels, reference | 50.0 | 1,234 |  |  | 1.2 s | 500 MB | 150 MB |",
     ]

@@ -270,7 +270,6 @@ def run(options: argparse.Namespace, model: str, work: Path) -> str:
     import numpy as np
 
     from refmodels import machine
-    from refmodels.bench import bytes_per_step, prefill_flops
 
     work.mkdir(parents=True, exist_ok=True)
     backbone = prepare_model(MODELS[model], work)
@@ -284,7 +283,6 @@ def run(options: argparse.Namespace, model: str, work: Path) -> str:
         if dtype in DTYPES[system]
         for accelerator in (options.accelerators if system == "refmodels" else [""])
     ]
-    measured: list[machine.Limits] = []
     try:
         for side in sides:
             job = {
@@ -293,31 +291,42 @@ def run(options: argparse.Namespace, model: str, work: Path) -> str:
                 "place": str(work / f"{side.system}-{side.dtype}"),
             }  # fmt: skip
             load(side, options.pythons[side.system], job, work)
-        for i in range(options.repeats + 1):
-            for figure in FIGURES:
-                say(f"round {i} of {options.repeats}: {figure}")
-                for side in sides if i % 2 else sides[::-1]:
-                    if not side.problem:
-                        measure_once(side, figure, prompts, options.new_tokens, keep=i > 0)
-            measured.append(machine.measured_limits(options.threads))
-        for side in sides:
-            if not side.problem:
-                try:
-                    side.about = side.ask(do="describe")
-                except RuntimeError as error:
-                    fail(side, str(error))
+        best = measure_in_turns(sides, options, prompts)
     finally:
         for side in sides:
             side.end()
-    best = machine.Limits(*map(max, zip(*measured, strict=True)))
-    limits: dict[str, dict[str, float]] = {}
-    for dtype in options.dtypes:
-        stored = stored_as(backbone, dtype)
-        step = best.bytes_per_second / bytes_per_step(stored)
-        limits[dtype] = {"decode 1": step, "decode 8": 8 * step}
-    prompt = best.flops_per_second / prefill_flops(backbone, options.prompt_length) * options.prompt_length
-    limits.get("float32", {})["prefill"] = prompt
+    limits = {dtype: limits_of(backbone, dtype, best, options.prompt_length) for dtype in options.dtypes}
     return section(model, table(sides, limits), sides, facts(options, model, best, sides, machine.description()))
+
+
+def measure_in_turns(sides: Sequence[Side], options: argparse.Namespace, prompts: Mapping[str, Any]) -> Any:
+    """All rounds, and what each side says of itself at the end; the machine's limits at their best."""
+    from refmodels import machine
+
+    measured: list[machine.Limits] = []
+    for i in range(options.repeats + 1):
+        for figure in FIGURES:
+            say(f"round {i} of {options.repeats}: {figure}")
+            for side in sides if i % 2 else sides[::-1]:
+                if not side.problem:
+                    measure_once(side, figure, prompts, options.new_tokens, keep=i > 0)
+        measured.append(machine.measured_limits(options.threads))
+    for side in sides:
+        if not side.problem:
+            try:
+                side.about = side.ask(do="describe")
+            except RuntimeError as error:
+                fail(side, str(error))
+    return machine.Limits(*map(max, zip(*measured, strict=True)))
+
+
+def limits_of(backbone: Any, dtype: str, machine: Any, prompt_length: int) -> dict[str, float]:
+    """What the machine allows in this type, in tokens a second; for prefill known in float32 alone."""
+    from refmodels.bench import bytes_per_step, prefill_flops
+
+    steps = machine.bytes_per_second / bytes_per_step(stored_as(backbone, dtype))
+    prompts = machine.flops_per_second / prefill_flops(backbone, prompt_length)
+    return {"decode 1": steps, "decode 8": 8 * steps} | ({"prefill": prompt_length * prompts} if dtype == "float32" else {})
 
 
 def stored_as(backbone: Any, dtype: str) -> Any:
