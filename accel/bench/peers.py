@@ -291,16 +291,17 @@ def run(options: argparse.Namespace, model: str, work: Path) -> str:
                 "place": str(work / f"{side.system}-{side.dtype}"),
             }  # fmt: skip
             load(side, options.pythons[side.system], job, work)
-        best = measure_in_turns(sides, options, prompts)
+        measured = measure_in_turns(sides, options, prompts)
     finally:
         for side in sides:
             side.end()
+    best = machine.Limits(*map(max, zip(*measured, strict=True)))
     limits = {dtype: limits_of(backbone, dtype, best, options.prompt_length) for dtype in options.dtypes}
-    return section(model, table(sides, limits), sides, facts(options, model, best, sides, machine.description()))
+    return section(model, table(sides, limits), sides, facts(options, model, measured, sides, machine.description()))
 
 
-def measure_in_turns(sides: Sequence[Side], options: argparse.Namespace, prompts: Mapping[str, Any]) -> Any:
-    """All rounds, and what each side says of itself at the end; the machine's limits at their best."""
+def measure_in_turns(sides: Sequence[Side], options: argparse.Namespace, prompts: Mapping[str, Any]) -> list[Any]:
+    """All rounds, and what each side says of itself at the end; the machine's limits in each round."""
     from refmodels import machine
 
     measured: list[machine.Limits] = []
@@ -317,7 +318,7 @@ def measure_in_turns(sides: Sequence[Side], options: argparse.Namespace, prompts
                 side.about = side.ask(do="describe")
             except RuntimeError as error:
                 fail(side, str(error))
-    return machine.Limits(*map(max, zip(*measured, strict=True)))
+    return measured
 
 
 def limits_of(backbone: Any, dtype: str, machine: Any, prompt_length: int) -> dict[str, float]:
@@ -338,7 +339,7 @@ def stored_as(backbone: Any, dtype: str) -> Any:
 
 
 def facts(
-    options: argparse.Namespace, model: str, limits: Any, sides: Sequence[Side], machine: Mapping[str, Any]
+    options: argparse.Namespace, model: str, limits: Sequence[Any], sides: Sequence[Side], machine: Mapping[str, Any]
 ) -> dict[str, str]:
     """What a reader must know to judge the table."""
     versions = {name: version for side in sides for name, version in side.about.get("versions", {}).items()}
@@ -348,12 +349,19 @@ def facts(
     features = ", ".join(machine["features"]) or "none of those that matter"
     return {
         "machine": f"{machine['processor']}, {machine['cores']} cores, {features}; {machine['system']}",
-        "its limits, measured in the same run": f"{options.threads} threads read {limits.bytes_per_second / 1e9:.1f} GB/s, "
-        f"NumPy multiplies float32 matrices at {limits.flops_per_second / 1e9:.0f} GFLOP/s",
+        "its limits, from round to round": f"{options.threads} threads read {span(x.bytes_per_second / 1e9 for x in limits)} GB/s, "
+        f"NumPy multiplies float32 matrices at {span(x.flops_per_second / 1e9 for x in limits)} GFLOP/s; far apart, they say that "
+        "the machine was busy with something else, and the table is worth little",
         "date": time.strftime("%Y-%m-%d"),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "command": f"`python accel/bench/peers.py {shown} --environments ENVS --write`",
     }
+
+
+def span(values: Iterable[float]) -> str:
+    """The least and the most."""
+    found = list(values)
+    return f"{min(found):.3g} to {max(found):.3g}"
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
