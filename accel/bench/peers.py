@@ -347,21 +347,20 @@ def facts(
     shown += f" --accelerators {' '.join(options.accelerators)} --repeats {options.repeats}"
     shown += f" --prompt-length {options.prompt_length} --new-tokens {options.new_tokens} --threads {options.threads}"
     features = ", ".join(machine["features"]) or "none of those that matter"
+    read, multiply = (span(values) for values in zip(*limits, strict=True))
     return {
         "machine": f"{machine['processor']}, {machine['cores']} cores, {features}; {machine['system']}",
-        "its limits, from round to round": f"{options.threads} threads read {span(x.bytes_per_second / 1e9 for x in limits)} GB/s, "
-        f"NumPy multiplies float32 matrices at {span(x.flops_per_second / 1e9 for x in limits)} GFLOP/s; far apart, they say that "
-        "the machine was busy with something else, and the table is worth little",
+        "its limits, from round to round": f"{options.threads} threads read {read} GB/s, NumPy multiplies float32 matrices at "
+        f"{multiply} GFLOP/s; far apart, they say that the machine was busy with something else, and the table is worth little",
         "date": time.strftime("%Y-%m-%d"),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "command": f"`python accel/bench/peers.py {shown} --environments ENVS --write`",
     }
 
 
-def span(values: Iterable[float]) -> str:
-    """The least and the most."""
-    found = list(values)
-    return f"{min(found):.3g} to {max(found):.3g}"
+def span(rates: Sequence[float]) -> str:
+    """The least and the most, in 10**9 a second."""
+    return f"{min(rates) / 1e9:.3g} to {max(rates) / 1e9:.3g}"
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
