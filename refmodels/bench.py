@@ -53,7 +53,7 @@ class Plan:
                 raise ValueError(f"{name} is {value}, more than the model's max_sequence_length {limit}")
 
 
-# -- what a model costs -----------------------------------------------------------------------------------------------------
+# -- what a model costs ----------------------------------------------------------------------------------------------------
 
 
 def bytes_per_step(backbone: Backbone) -> int:
@@ -98,7 +98,7 @@ def prefill_flops(backbone: Backbone, length: int) -> int:
     return int(flops + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
 
 
-# -- measurements -----------------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------------------------------
 
 
 def generation_seconds(backbone: Backbone, batch: int, length: int, new_tokens: int) -> tuple[float, float]:
@@ -183,7 +183,7 @@ def measured(backbone: Backbone, plan: Plan, kind: str, batch: int) -> float:
     return batch * (plan.new_tokens - 1) / generation_seconds(backbone, batch, DECODE_AFTER, plan.new_tokens)[1]
 
 
-# -- a process of its own -----------------------------------------------------------------------------------------------------
+# -- a process of its own --------------------------------------------------------------------------------------------------
 
 
 def fresh_process(backbone: Backbone, plan: Plan, directory: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:

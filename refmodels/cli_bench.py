@@ -21,10 +21,12 @@ def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) 
     if arguments.weight_only and arguments.quantize is None:
         raise ValueError("--weight-only goes with --quantize")
     accelerator = find(accelerator, **settings)
-    with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
-        backbone, directory = _model(arguments, accelerator, plan)
-        found = measure(backbone, plan, directory, settings, _progress)
-    _progress("")
+    try:
+        with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
+            backbone, directory = _model(arguments, accelerator, plan)
+            found = measure(backbone, plan, directory, settings, _progress)
+    finally:
+        _progress("")
     result = {
         "preset": arguments.preset,
         "class": type(backbone).__name__,
@@ -78,7 +80,7 @@ def _report(result: Mapping[str, Any]) -> list[str]:
             f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s",
         ),
         ("a step reads", byte_size(result["bytes_per_step"])),
-        ("a prompt takes", f"{result['flops_per_prompt'] / 1e9:,.1f} GFLOP for {result['prompt_length']} tokens"),
+        ("a prompt takes", f"{result['flops_per_prompt'] / 1e9:,.4g} GFLOP for {result['prompt_length']} tokens"),
         ("first token", f"{result['first_token_seconds']:.4f} s after a prompt of one token"),
         *_fresh_rows(result),
     ]
@@ -87,7 +89,8 @@ def _report(result: Mapping[str, Any]) -> list[str]:
         speeds = [figure[name] for name in ("tokens_per_second", "least", "most", "limit_tokens_per_second")]
         name = f"{figure['figure']}, batch {figure['batch']}"
         table.append((name, *(f"{speed:,.1f}" for speed in speeds), f"{figure['fraction_of_limit']:.0%}"))
-    rounds = f"{result['repeats']} rounds; decoding: {result['new_tokens']} tokens after {DECODE_AFTER}"
+    rounds = f"{result['repeats']} round{'s' * (result['repeats'] > 1)}"
+    rounds += f"; decoding: {result['new_tokens']} tokens after {DECODE_AFTER}"
     return [*aligned(rows), "", *aligned(table, right=(1, 2, 3, 4, 5)), "", rounds]
 
 
