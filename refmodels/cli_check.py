@@ -30,12 +30,8 @@ def check(
     junit: str | None,
 ) -> int:
     """Check, print, write; the exit status. AcceleratorError or ValueError for what cannot be checked, or not here."""
-    try:
-        from refmodels import conformance
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
-        raise ValueError("check needs Hypothesis: pip install 'refmodels[test]'") from None
+    from refmodels import conformance
+
     progress = Progress()
     begun = time.monotonic()
     with redirect_stdout(sys.stderr):  # whatever a plug-in prints
