@@ -312,7 +312,7 @@ def test_right_is_0(plugin, capsys):
     assert lines[1].split()[:4] == ["relu", "own", "kernel", "float32"]
     assert lines[1].endswith("100        100  right")
     assert lines[2].split() == ["silu", "reference", "float32", "10", "right"]
-    assert lines[3].startswith("right: 2 right, 0 wrong; 110 examples in ")
+    assert lines[3] == "right: 2 right, 0 wrong; 110 examples"
 
 
 def test_wrong_is_1_and_the_line_to_paste_shows_it_again(plugin, capsys, tmp_path):
@@ -384,7 +384,7 @@ def test_what_cannot_be_checked_is_2(plugin, capsys, arguments, said):
 def test_checking_the_reference_finds_nothing():
     names = ["layer_norm", "dense", "bloom_decoder_layer", "t5_logits", "opt/padding"]
     report = check_accelerator("reference", ops=names, examples=20)
-    assert all(entry.verdict == "right" and entry.dtypes == list(UNIT_ROUNDOFF) for entry in report)
+    assert all(entry.verdict == "right" and set(entry.dtypes) == set(UNIT_ROUNDOFF) for entry in report)
     with pytest.raises(AcceleratorError):
         check_accelerator("nope")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refmodels.accelerator import REFERENCE, Accelerator, AcceleratorError, Kernel, When, find
-from refmodels.conformance import model_laws
+from refmodels.conformance import model_laws, models
 from refmodels.conformance.case import Case
 from refmodels.conformance.cases import draw_case
 from refmodels.conformance.drawing import EMPTY, LONG, USUAL, Source, Unsuitable, encoded, of_kind, random_source, replayed
@@ -27,7 +27,12 @@ from refmodels.op import OPS, Array, Op
 from refmodels.opdoc import table
 
 EXAMPLES = 100
-"""Examples of an op in one type, by default."""
+"""Examples of an op in one type, by default. `check_accelerator` takes fewer where they cost much: see there."""
+
+MOST_THREADED = 25
+"""Examples of one search that are also run in two threads at once: each takes as long as several others."""
+
+LAW = "law"
 
 SHRINKING = 10.0
 """Seconds after which an example is small enough."""
@@ -103,6 +108,7 @@ class Search:
     shrink: bool = True
     checked: Checked | None = None
     best: tuple[Case, Wrong] | None = None
+    threaded: int = 0
 
     def run(self, examples: int, seed: int) -> None:
         """Try so many examples, most of them usual, until one is wrong; make that smaller. A seed gives the same examples."""
@@ -133,6 +139,8 @@ class Search:
     def is_wrong(self, case: Case) -> bool:
         """Examine the example, and count it."""
         found, wrong = self.best is not None, None
+        case.threaded &= self.threaded < MOST_THREADED
+        self.threaded += case.threaded
         try:
             environment = examine(case, self.accelerator, self.variants)
         except Wrong as fault:
@@ -265,19 +273,21 @@ def _failure(search: Search, line: str) -> Failure:
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to check: an op, or a law of models."""
+    """An op or a law of models, to be checked. `typed`: examples differ by type; `cost`: so many times fewer are tried."""
 
     name: str
     runs: str
     make: Make
-    typed: bool
+    typed: bool = True
+    cost: int = 1
 
 
 def subjects(accelerator: Accelerator, names: Iterable[str] = ()) -> list[Subject]:
     """The ops, then the laws of models, of these names (`*` stands for any letters; none: all). ValueError for no match."""
     runs = {entry.op.name: entry.runs for entry in coverage(accelerator)}
-    found = [Subject(op.name, runs[op.name], _maker(op), _is_typed(op)) for op in table()]
-    found += [Subject(name, "law", make, True) for name, make in model_laws.LAWS.items()]
+    cost = dict.fromkeys(models.BUILDERS, 4)
+    found = [Subject(op.name, runs[op.name], _maker(op), _is_typed(op), cost.get(op.name, 1)) for op in table()]
+    found += [Subject(name, LAW, make, cost=4) for name, make in model_laws.LAWS.items()]
     wanted = list(names)
     for name in wanted:
         if not any(fnmatchcase(subject.name, name) for subject in found):
@@ -307,13 +317,14 @@ def check_accelerator(
 ) -> list[Checked]:
     """Hold an accelerator to the reference: every op and every law of models, or those of these names, in every type claimed.
 
-    `progress(name, done, all)` is told where it is. What no kernel has a part in is tried with a tenth of the examples. With
-    `example`, that one alone is tried, of one op in one type. AcceleratorError if it cannot run here; ValueError for an unknown
-    name or type.
+    `progress(name, done, all)` is told where it is. A composite has all of the examples in its first type (float32, if that is
+    claimed) and a quarter in the others, a law of models a quarter, and what no kernel has a part in a tenth. With `example`,
+    that one alone is tried, of one op. AcceleratorError if it cannot run here; ValueError for an unknown name or type.
     """
     found = find(accelerator)
     subject = Accelerator(REFERENCE) if found is None else found
-    claimed = [name for name in UNIT_ROUNDOFF if name in subject.dtypes]
+    claimed = [name for name in ("float32", *UNIT_ROUNDOFF) if name in subject.dtypes]
+    claimed = list(dict.fromkeys(claimed))
     wanted = list(dtypes) or claimed
     for name in wanted:
         if name not in claimed:
@@ -329,22 +340,24 @@ def check_accelerator(
         if progress is not None:
             progress(entry.name, place, len(chosen))
         count = examples if full or entry.runs != ALONE else max(examples // 10, 5)
-        report.append(_check_subject(entry, subject, wanted, variants, count, seed, example, shrink))
+        counts = dict.fromkeys(wanted, max(count // entry.cost, 5))
+        if entry.cost > 1 and entry.runs != LAW:
+            counts[wanted[0]] = count
+        report.append(_check_subject(entry, subject, counts, variants, seed, example, shrink))
     return report
 
 
 def _check_subject(
     entry: Subject,
     accelerator: Accelerator,
-    dtypes: list[str],
+    counts: dict[str, int],
     variants: tuple[Accelerator, ...],
-    examples: int,
     seed: int,
     example: str | None,
     shrink: bool,
 ) -> Checked:
     checked, begun = Checked(entry.name, entry.runs), time.monotonic()
-    for dtype in dtypes if entry.typed else dtypes[:1]:
+    for dtype, examples in list(counts.items())[: None if entry.typed else 1]:
         checked.dtypes.append(dtype)
         search = Search(entry.name, entry.make, accelerator, dtype, variants, shrink, checked=checked)
         try:
