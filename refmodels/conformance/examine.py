@@ -35,6 +35,12 @@ class Wrong(AssertionError):  # noqa: N818 -- the verdict, not a fault of ours
 
 def examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, ...] = ()) -> Environment:
     """Hold the accelerator to the reference on this example. `Wrong`, or what happened."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _examine(case, accelerator, variants)
+
+
+def _examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, ...]) -> Environment:
     before = fingerprints(case.inputs)
     got, environment = _attempt(case, accelerator)
     _check_values(case, got)
@@ -59,16 +65,14 @@ def examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, .
 
 def _attempt(case: Case, accelerator: Accelerator) -> tuple[Any, Environment]:
     """The results; a kernel that raises is wrong."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return case.run(accelerator)
-        except AcceleratorError as error:
-            if accelerator.strict:
-                raise
-            raise Wrong("values", _raised(case, error)) from error
-        except Exception as error:
-            raise Wrong("values", _raised(case, error)) from error
+    try:
+        return case.run(accelerator)
+    except AcceleratorError as error:
+        if accelerator.strict:
+            raise
+        raise Wrong("values", _raised(case, error)) from error
+    except Exception as error:
+        raise Wrong("values", _raised(case, error)) from error
 
 
 def _raised(case: Case, error: Exception) -> str:
@@ -79,11 +83,9 @@ def _check_values(case: Case, got: Any) -> None:
     def run(inputs: Any) -> Any:
         return _as_far_as(case.reference(inputs), got)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        verdict = judge_run(case.op, run, case.inputs, got)
-        if not verdict:
-            raise Wrong("values", verdict.reason, _worst(verdict, got, run(case.inputs)))
+    verdict = judge_run(case.op, run, case.inputs, got)
+    if not verdict:
+        raise Wrong("values", verdict.reason, _worst(verdict, got, run(case.inputs)))
 
 
 def _as_far_as(wanted: Any, got: Any) -> Any:
