@@ -147,7 +147,7 @@ def judge_run(op: Judged, run: Run, inputs: dict[str, Any], got: Any) -> Verdict
         return verdict
     generator, size = np.random.default_rng(0), _perturbation(op, inputs)
     times = range(4 if _is_smooth(inputs) else 16)
-    moved = [run(_perturbed(widened(_copied(inputs)), size, generator)) for _ in times]
+    moved = [run(_perturbed(inputs, size, generator)) for _ in times]
     return _judge_tree(op, run, inputs, got, wanted, truth, moved)
 
 
@@ -321,23 +321,25 @@ def _is_smooth(inputs: dict[str, Any]) -> bool:
     return not any(isinstance(x, np.ndarray) and x.dtype == np.int8 for _, x in _leaves(inputs))
 
 
-def _perturbation(op: Judged, inputs: dict[str, Any]) -> float:
-    """How far a right implementation may seem to move each input: sqrt(n) u of the accumulation, and for a composite u of the
-    type that activations are rounded to."""
+def _perturbation(op: Judged, inputs: dict[str, Any]) -> Callable[[str], float]:
+    """How far a right implementation may seem to move an input of this type: sqrt(n) u of the accumulation, and for a composite
+    u of the type that activations are rounded to: the policy's, or without one the input's own."""
     found = [getattr(leaf, "dtype", leaf) for _, leaf in _leaves(inputs)]
     policies = {policy.removeprefix("mixed_") for policy in found if isinstance(policy, str)} & UNIT_ROUNDOFF.keys()
     types = policies or {dtype.name for dtype in found if isinstance(dtype, np.dtype)} & UNIT_ROUNDOFF.keys()
-    accumulation = UNIT_ROUNDOFF["float64" if "float64" in types else "float32"]
-    coarsest = accumulation if "float64" in types else max((UNIT_ROUNDOFF[name] for name in types), default=0.0)
-    return max(math.sqrt(_longest(inputs)) * accumulation, coarsest if op.composite else 0.0)
+    accumulation = math.sqrt(_longest(inputs)) * UNIT_ROUNDOFF["float64" if "float64" in types else "float32"]
+    if not op.composite or "float64" in types:
+        return lambda dtype: accumulation
+    coarsest = max((UNIT_ROUNDOFF[name] for name in policies), default=0.0)
+    return lambda dtype: max(accumulation, coarsest or UNIT_ROUNDOFF.get(dtype, 0.0))
 
 
-def _perturbed(value: Any, size: float, generator: np.random.Generator, key: str = "") -> Any:
-    """The same inputs, every floating-point number multiplied by 1 + size or 1 - size. Numbers of groups stay."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and key != "g_idx":
-        return value * (1.0 + size * generator.choice([-1.0, 1.0], value.shape))
+def _perturbed(value: Any, size: Callable[[str], float], generator: np.random.Generator, key: str = "") -> Any:
+    """The inputs widened, every floating-point number multiplied by 1 + size or 1 - size. Numbers of groups stay."""
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "iub" and key != "g_idx":
+        return widened(value) * (1.0 + size(value.dtype.name) * generator.choice([-1.0, 1.0], value.shape))
     if isinstance(value, dict):
         return {name: _perturbed(child, size, generator, name) for name, child in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_perturbed(child, size, generator, key) for child in value)
-    return value
+    return widened(_copied(value))

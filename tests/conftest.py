@@ -1,17 +1,24 @@
-"""One line below the test run: how many of the planted faults were rejected; and what several files need."""
+"""Below the test run: how many planted faults were rejected, and right kernels accepted; and what several files need."""
 
 import sys
 
 import pytest
 
+COUNTED = {
+    "planted faults": ("::test_mutant_is_rejected[", "rejected"),
+    "planted kernels, wrong": ("::test_wrong_kernel_is_rejected[", "rejected"),
+    "planted kernels, right": ("::test_right_kernel_is_accepted[", "accepted"),
+}
+
 
 def pytest_terminal_summary(terminalreporter):
-    ran = {
-        outcome: sum("::test_mutant_is_rejected[" in report.nodeid for report in terminalreporter.getreports(outcome))
-        for outcome in ("passed", "failed", "error")
-    }
-    if total := sum(ran.values()):
-        terminalreporter.write_line(f"planted faults: {ran['passed']} of {total} rejected")
+    for label, (test, said) in COUNTED.items():
+        ran = {
+            outcome: sum(test in report.nodeid for report in terminalreporter.getreports(outcome))
+            for outcome in ("passed", "failed", "error")
+        }
+        if total := sum(ran.values()):
+            terminalreporter.write_line(f"{label}: {ran['passed']} of {total} {said}")
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_command(command, shown, installed_plugin, tmp_path, monkeypatch):
 
 
 def test_there_are_commands():
-    assert {command.split()[1] for command, _ in COMMANDS} == {"accelerators", "generate", "ops"}
+    assert {command.split()[1] for command, _ in COMMANDS} == {"accelerators", "check", "generate", "ops"}
 
 
 def test_it_is_as_short_as_it_says():

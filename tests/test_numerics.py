@@ -13,6 +13,7 @@ from refmodels.numerics import (
     compare,
     exact,
     judge,
+    judge_run,
     multilinear,
     spacing,
     ulps,
@@ -355,6 +356,43 @@ def test_calibrated_is_a_multiple_of_the_references_own_error():
 
 def off(truth, by):
     return (truth + np.array([by, 0])).astype(np.float32)
+
+
+def test_calibrated_grows_with_the_length_of_the_sum():
+    """What is added one after the other errs like sqrt(n), and NumPy's own pairs hardly at all."""
+    truth, short, long = np.ones(4), np.float32(1 + 10 * 2.0**-24), np.float32(1 + 100 * 2.0**-24)
+    for terms, accepted in ((1, (False, False)), (9, (True, False)), (8192, (True, True))):
+        for value, wanted in zip((short, long), accepted, strict=True):
+            got = np.full(4, value, np.float32)
+            assert bool(compare(got, truth, calibrated(), wanted=np.ones(4, np.float32), terms=terms)) is wanted
+
+
+def test_a_second_look_forgives_what_the_inputs_leave_open_and_no_more():
+    """The reference is exact here; a mean that is off by one rounding of 4096 moves the result by a thousandth."""
+    x, ones = np.array([[4096, 4096.5, 4097, 4096.5]], np.float32), np.ones(4, np.float32)
+    exact = layer_norm(x, ones, 0 * ones)
+
+    def with_mean_off_by(spacings):
+        deviation = x - np.float32(4096.5 + spacings * 2.0**-11)
+        root = np.sqrt(np.square(deviation).mean(-1, keepdims=True) + np.float32(1e-5))
+        return deviation / root
+
+    assert judge(layer_norm, (x, ones, 0 * ones), {}, exact)
+    assert not compare(with_mean_off_by(1), exact.astype(np.float64), calibrated(), wanted=exact, terms=4)
+    assert judge(layer_norm, (x, ones, 0 * ones), {}, with_mean_off_by(1))
+    assert not judge(layer_norm, (x, ones, 0 * ones), {}, with_mean_off_by(40))
+
+
+def test_several_calls_are_judged_together_and_the_wrong_one_is_named():
+    def run(inputs):
+        return {"first": relu.reference(inputs["x"]), "then": [relu.reference(-inputs["x"]), relu.reference(inputs["x"])]}
+
+    x = np.arange(-2.0, 3.0, dtype=np.float32)
+    got = run({"x": x})
+    assert judge_run(relu, run, {"x": x}, got)
+    got["then"][1] = got["then"][1] + 1
+    verdict = judge_run(relu, run, {"x": x}, got)
+    assert (verdict.ok, verdict.place, verdict.index) == (False, ("then", 1), (0,))
 
 
 def test_names_of_models():

@@ -4,7 +4,7 @@
     check_op(layer_norm, my_layer_norm, "float32", tiles=(16,))     # AssertionError: the smallest example that is wrong
 
 `refmodels check --accelerator NAME` is the same for everything. What is drawn and which laws are held is in
-`spec/conformance.md`. This is the one part of refmodels that needs Hypothesis: pip install 'refmodels[test]'.
+`spec/conformance.md`. `cases` is a strategy for Hypothesis, which nothing else here needs.
 """
 
 from refmodels.conformance.check import EXAMPLES, Checked, Failure, cases, check_accelerator, check_op, reproduce

@@ -19,6 +19,7 @@ class Environment:
     def __init__(self, accelerator: Accelerator | None, body_of: Op[..., Any] | None = None) -> None:
         """`body_of` is a composite whose body is to run in place of its kernel."""
         self.accelerator, self.body_of = accelerator, body_of
+        self.given: Any = None  # the results as the accelerator gave them
         self.kernel_calls = 0
         self.refused: list[str] = []
 
@@ -93,8 +94,8 @@ class Case:
         """The results on the host, and what happened."""
         environment = Environment(accelerator)
         with executing(accelerator), np.errstate(all="ignore"):
-            result = self.script(self.inputs, environment)
-            return environment.host(result), environment
+            environment.given = self.script(self.inputs, environment)
+            return environment.host(environment.given), environment
 
     def reference(self, inputs: Inputs) -> Any:
         """The reference's results on these inputs."""

@@ -5,6 +5,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,23 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.conformance import domains, models
 from refmodels.conformance.case import Case, Environment, Inputs, Script
-from refmodels.conformance.domains import DOMAINS, LATER, NAMED, NEVER_EMPTY, NEVER_LONG, OMITTED, THEN
-from refmodels.conformance.drawing import EMPTY, LONG, USUAL, Draw, Source, Unsuitable, of_kind, random_source
+from refmodels.conformance.domains import DOMAINS, LATER, LETTERS, NAMED, NEVER_EMPTY, NEVER_LONG, OMITTED, THEN
+from refmodels.conformance.drawing import (
+    EMPTY,
+    LONG,
+    SEED_CHOICE,
+    USUAL,
+    Draw,
+    Source,
+    Unsuitable,
+    encoded,
+    of_kind,
+    random_source,
+    replayed,
+)
 from refmodels.op import Array, Op, Shape
 from refmodels.ops.cache import cache_allocate, cache_append, cache_select, key_value_cache
+from refmodels.ops.precision import numpy_dtype
 
 LEAVES = frozenset(
     ("kernel", "bias", "gamma", "beta", "weight", "embeddings", "embeddings_scale", "embeddings_zero", "kernel_scale", "g_idx",
@@ -30,7 +44,12 @@ def letters_of(op: Op[..., Any], kind: str) -> tuple[str, ...]:
         return models.letters_of(op, kind)
     if op.name in CACHES:
         return ("b", "p") if kind == EMPTY else ("p",)
-    found = list(dict.fromkeys(dim for shape in op.shapes.values() for dim in shape.dims if not dim.isdecimal()))
+    own = LETTERS.get(op.name)
+    found = (
+        list(own)
+        if own
+        else list(dict.fromkeys(dim for shape in op.shapes.values() for dim in shape.dims if not dim.isdecimal()))
+    )
     plain = [dim.lstrip("#") if dim != "*#b" else "*b" for dim in found]
     kept = [dim for dim in dict.fromkeys(plain) if dim not in NEVER_LONG] if kind == LONG else list(dict.fromkeys(plain))
     if kind == EMPTY:
@@ -104,6 +123,10 @@ DEFAULTS = {
 }
 
 
+UNLIKE = frozenset(("weights", "scale", "kernel_scale", "embeddings_scale", "penalty", "uniform", "probabilities"))
+"""Arguments of a domain of their own: no other array can stand for them."""
+
+
 def _alias(op: Op[..., Any], draw: Draw, arguments: Inputs) -> None:
     """Sometimes one array is given twice."""
     if op.name in THEN or not draw.chance(6):
@@ -111,8 +134,8 @@ def _alias(op: Op[..., Any], draw: Draw, arguments: Inputs) -> None:
     known: dict[Any, Array] = {}
     for name, shape in op.shapes.items():
         value = arguments.get(name)
-        if isinstance(value, np.ndarray) and shape.kind == "float":
-            first = known.setdefault((value.shape, value.dtype, name == "weights"), value)
+        if isinstance(value, np.ndarray) and shape.kind == "float" and name not in UNLIKE:
+            first = known.setdefault((value.shape, value.dtype), value)
             if first is not value:
                 draw.features.add("aliased")
                 arguments[name] = first
@@ -197,7 +220,14 @@ def _key_value_case(op: Op[..., Any], draw: Draw) -> Case:
     def script(inputs: Inputs, env: Environment) -> Any:
         given = dict(inputs)
         cache = env.call(op, given.pop("batch"), given.pop("capacity"), **given)
-        return cache if isinstance(cache, dict) else []
+        if not isinstance(cache, dict):
+            return []
+        empty = env.host(cache)
+        shape = (inputs["batch"], inputs["capacity"], inputs["heads"], inputs["head_dim"])
+        leaves = [layer[name] for layer in cache["layers"] for name in ("key", "value")]
+        for i, leaf in enumerate(leaves):  # each has memory of its own
+            cache_append(leaf, env.array(np.full(shape, i + 1.0, numpy_dtype(inputs["dtype"]))))
+        return [empty, env.host(cache)]
 
     return Case(op, inputs, script, draw.dtype)
 
@@ -257,6 +287,17 @@ CACHES = {
     cache_select.name: _select_case,
 }
 """Ops on caches, which are made by the accelerator's own kernels."""
+
+
+def with_other_values(case: Case, make: Callable[[Source], Case]) -> Case | None:
+    """The same sizes, layouts and kinds of values, with other numbers."""
+    choices = [int(part) for part in case.code.split(".")]
+    choices += [0] * (SEED_CHOICE + 1 - len(choices))
+    choices[SEED_CHOICE] = (choices[SEED_CHOICE] + 1 + case.seed) % 2**16
+    try:
+        return make(replayed(encoded(choices)))
+    except Unsuitable:
+        return None
 
 
 def neighbour(case: Case, tiles: tuple[int, ...] = ()) -> Case | None:

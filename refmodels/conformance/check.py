@@ -8,22 +8,17 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
-from hypothesis import seed as seeded
-from hypothesis import strategies as st
-from hypothesis.errors import Unsatisfiable
 
 from refmodels.accelerator import REFERENCE, Accelerator, AcceleratorError, Kernel, When, find
-from refmodels.conformance import model_laws
+from refmodels.conformance import model_laws, models
 from refmodels.conformance.case import Case
 from refmodels.conformance.cases import draw_case
-from refmodels.conformance.drawing import EMPTY, LONG, USUAL, Source, Unsuitable, of_kind, replayed
+from refmodels.conformance.drawing import EMPTY, LONG, USUAL, Source, Unsuitable, encoded, of_kind, random_source, replayed
 from refmodels.conformance.examine import Wrong, examine, lines_of
 from refmodels.coverage import OWN, coverage
 from refmodels.coverage import REFERENCE as ALONE
@@ -31,10 +26,15 @@ from refmodels.numerics import UNIT_ROUNDOFF
 from refmodels.op import OPS, Array, Op
 from refmodels.opdoc import table
 
-EXAMPLES = 50
-"""Examples of an op in one type, by default."""
+EXAMPLES = 100
+"""Examples of an op in one type, by default. `check_accelerator` takes fewer where they cost much: see there."""
 
-SHRINKING = 20.0
+MOST_THREADED = 25
+"""Examples of one search that are also run in two threads at once: each takes as long as several others."""
+
+LAW = "law"
+
+SHRINKING = 10.0
 """Seconds after which an example is small enough."""
 
 Make = Callable[[Source, str, tuple[int, ...]], Case]
@@ -106,94 +106,104 @@ class Search:
     dtype: str
     variants: tuple[Accelerator, ...] = ()
     shrink: bool = True
-    best: tuple[Case, Wrong] | None = None
-    deadline: float = float("inf")
     checked: Checked | None = None
+    best: tuple[Case, Wrong] | None = None
+    threaded: int = 0
 
     def run(self, examples: int, seed: int) -> None:
-        """Try so many examples, most of them usual, until one is wrong; then make it smaller."""
-        empty, long = max(1, examples // 12), max(1, examples // 25)
+        """Try so many examples, most of them usual, until one is wrong; make that smaller. A seed gives the same examples."""
+        empty, long = max(1, examples // 10), max(1, examples // 20)
         for kind, count in ((USUAL, max(examples - empty - long, 1)), (EMPTY, empty), (LONG, long)):
-            own_seed = zlib.crc32(f"{self.name} {self.dtype} {kind} {seed}".encode())
-            _explore(self, kind, count, own_seed)
-            if self.best is not None:
-                return
+            source = random_source(zlib.crc32(f"{self.name} {self.dtype} {kind} {seed}".encode()))
+            unsuitable = 0
+            while count > 0 and unsuitable < 20 + 5 * count:
+                try:
+                    case = self.make(of_kind(kind, source), self.dtype, self.accelerator.tiles)
+                except Unsuitable:  # or an op without a dimension that may be empty, or long
+                    unsuitable += 1
+                    continue
+                count -= 1
+                if self.is_wrong(case):
+                    if self.shrink:
+                        self.make_smaller()
+                    return
 
-    def attempt(self, case: Case) -> None:
-        """One example. `Wrong` goes on to Hypothesis, which makes it smaller."""
-        if time.monotonic() > self.deadline:
-            return
-        if self.checked is not None and self.best is None:
-            self.checked.examples += 1
-            self.checked.features.update(case.features)
+    def replay(self, code: str) -> None:
+        """Try one example alone. ValueError if the code is none."""
+        case = self._made(replayed(code))
+        if case is None:
+            raise ValueError(f"example {code} is none of {self.name} in {self.dtype}")
+        case.threaded = case.thorough = True  # what was wrong by chance has every chance
+        self.is_wrong(case)
+
+    def is_wrong(self, case: Case) -> bool:
+        """Examine the example, and count it."""
+        found, wrong = self.best is not None, None
+        case.threaded &= self.threaded < MOST_THREADED
+        self.threaded += case.threaded
         try:
             environment = examine(case, self.accelerator, self.variants)
-        except Wrong as wrong:
-            if self.best is None:
-                self.deadline = time.monotonic() + SHRINKING
-            if self.best is None or _smaller(case, self.best[0]):
+        except Wrong as fault:
+            wrong = fault
+            if self.best is None or _size(case) < _size(self.best[0]):
                 self.best = case, wrong
-            raise
-        if self.checked is not None and self.best is None:
-            self.checked.taken += environment.kernel_calls > 0
-            self.checked.refused.update(set(environment.refused))
+        if self.checked is not None and not found:
+            self.checked.examples += 1
+            self.checked.features.update(case.features)
+            if wrong is None:
+                self.checked.taken += environment.kernel_calls > 0
+                self.checked.refused.update(set(environment.refused))
+        return wrong is not None
 
+    def make_smaller(self) -> None:
+        """Simplify the choices of the wrong example one after the other, as long as it stays wrong."""
+        deadline, before = time.monotonic() + SHRINKING, None
+        while self.best is not None and before is not self.best:
+            before = self.best
+            place = 0
+            while place < len(now := list(_size(self.best[0])[1])) and time.monotonic() < deadline:
+                value = now[place]
+                simpler = [now[:place]] if place else []
+                simpler += [[*now[:place], smaller, *now[place + 1 :]] for smaller in _smaller(value)]
+                simpler += [[*now[:place], *now[place + 1 :]]] if place > 1 else []
+                if not any(self._is_smaller_and_wrong(choices) for choices in simpler):
+                    place += 1
 
-def _smaller(case: Case, other: Case) -> bool:
-    one, two = ([int(part) for part in each.code.split(".")] for each in (case, other))
-    return (len(one), sum(one)) < (len(two), sum(two))
+    def _is_smaller_and_wrong(self, choices: list[int]) -> bool:
+        assert self.best is not None
+        case, size = self._made(replayed(encoded(choices))), _size(self.best[0])
+        return case is not None and _size(case) < size and self.is_wrong(case)
 
-
-def _explore(search: Search, kind: str, count: int, seed: int) -> None:
-    """Let Hypothesis draw so many examples of this kind. The same seed gives the same examples."""
-
-    def drawn(data: st.DataObject) -> None:
-        source = of_kind(kind, lambda count: data.draw(_below(count)))
+    def _made(self, source: Source) -> Case | None:
         try:
-            case = search.make(source, search.dtype, search.accelerator.tiles)
+            return self.make(source, self.dtype, self.accelerator.tiles)
+        except Unsuitable:
+            return None
+
+
+def _size(case: Case) -> tuple[int, list[int]]:
+    choices = [int(part) for part in case.code.split(".")]
+    return len(choices), choices
+
+
+def _smaller(value: int) -> list[int]:
+    return sorted({0, value // 2, value - 1} - {value, -1})
+
+
+def cases(op: Op[..., Any], dtype: str = "float32", tiles: tuple[int, ...] = ()) -> Any:
+    """The Hypothesis strategy of an op's examples: for `examine(case, accelerator)`, or look at `case.inputs`."""
+    from hypothesis import reject
+    from hypothesis import strategies as st
+
+    @st.composite
+    def drawn(draw: Any) -> Case:
+        kind = draw(st.sampled_from([USUAL] * 10 + [EMPTY, LONG]))
+        try:
+            return draw_case(op, of_kind(kind, lambda count: draw(st.integers(0, count - 1))), dtype, tiles)
         except Unsuitable:
             reject()
-        search.attempt(case)
 
-    phases = (Phase.generate, Phase.shrink) if search.shrink else (Phase.generate,)
-    quiet = settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=False,
-        phases=phases,
-        report_multiple_bugs=False,
-        print_blob=False,
-        verbosity=Verbosity.quiet,
-        suppress_health_check=list(HealthCheck),
-    )
-    try:
-        seeded(seed)(quiet(given(st.data())(drawn)))()
-    except AcceleratorError:
-        raise
-    except Unsatisfiable:  # an op without a dimension that may be empty, or long
-        if kind == USUAL:
-            raise
-    except Exception:  # also that an example is wrong only sometimes: the smallest that was found counts
-        if search.best is None:
-            raise
-
-
-_STRATEGIES: dict[int, st.SearchStrategy[int]] = {}
-
-
-def _below(count: int) -> st.SearchStrategy[int]:
-    return _STRATEGIES.setdefault(count, st.integers(0, count - 1))
-
-
-@st.composite
-def cases(draw: st.DrawFn, op: Op[..., Any], dtype: str = "float32", tiles: tuple[int, ...] = ()) -> Case:
-    """The Hypothesis strategy of an op's examples: for `examine(case, accelerator)`, or look at `case.inputs`."""
-    kind = draw(st.sampled_from([USUAL] * 10 + [EMPTY, LONG]))
-    try:
-        return draw_case(op, of_kind(kind, lambda count: draw(_below(count))), dtype, tiles)
-    except Unsuitable:
-        reject()
+    return drawn()
 
 
 # -- one kernel ---------------------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def check_op(
 
     dtype       of the activations: float32, float16, bfloat16, float64
     examples    how many are tried; `seed` chooses others
-    tiles       sizes at which the kernel begins another block (default: 8, 16, 32, 64)
+    tiles       sizes at which the kernel begins another block, beside 8, 16, 32 and 64
     invariant   also hold it to the same bits for a row alone
     when        as for `Accelerator.kernel`: calls that it declines go to the reference
     example     try this one alone: the code that a failure shows
@@ -227,7 +237,7 @@ def check_op(
     checked = Checked(op.name, OWN, [dtype])
     search = Search(op.name, make, accelerator, dtype, shrink=shrink, checked=checked)
     if example is not None:
-        _replay(search, example)
+        search.replay(example)
     else:
         search.run(examples, seed)
     if search.best is not None:
@@ -241,16 +251,6 @@ def check_op(
 
 def _maker(op: Op[..., Any]) -> Make:
     return lambda source, dtype, tiles: draw_case(op, source, dtype, tiles)
-
-
-def _replay(search: Search, code: str) -> None:
-    try:
-        case = search.make(replayed(code), search.dtype, search.accelerator.tiles)
-    except Unsuitable:
-        raise ValueError(f"example {code} is none of {search.name} in {search.dtype}") from None
-    case.threaded = case.thorough = True  # what was wrong by chance has every chance
-    with suppress(Wrong):
-        search.attempt(case)
 
 
 def _failure(search: Search, line: str) -> Failure:
@@ -273,19 +273,21 @@ def _failure(search: Search, line: str) -> Failure:
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to check: an op, or a law of models."""
+    """An op or a law of models, to be checked. `typed`: examples differ by type; `cost`: so many times fewer are tried."""
 
     name: str
     runs: str
     make: Make
-    typed: bool
+    typed: bool = True
+    cost: int = 1
 
 
 def subjects(accelerator: Accelerator, names: Iterable[str] = ()) -> list[Subject]:
     """The ops, then the laws of models, of these names (`*` stands for any letters; none: all). ValueError for no match."""
     runs = {entry.op.name: entry.runs for entry in coverage(accelerator)}
-    found = [Subject(op.name, runs[op.name], _maker(op), _is_typed(op)) for op in table()]
-    found += [Subject(name, "law", make, True) for name, make in model_laws.LAWS.items()]
+    cost = dict.fromkeys(models.BUILDERS, 4)
+    found = [Subject(op.name, runs[op.name], _maker(op), _is_typed(op), cost.get(op.name, 1)) for op in table()]
+    found += [Subject(name, LAW, make, cost=4) for name, make in model_laws.LAWS.items()]
     wanted = list(names)
     for name in wanted:
         if not any(fnmatchcase(subject.name, name) for subject in found):
@@ -315,13 +317,14 @@ def check_accelerator(
 ) -> list[Checked]:
     """Hold an accelerator to the reference: every op and every law of models, or those of these names, in every type claimed.
 
-    `progress(name, done, all)` is told where it is. What no kernel has a part in is tried with a tenth of the examples. With
-    `example`, that one alone is tried, of one op in one type. AcceleratorError if it cannot run here; ValueError for an unknown
-    name or type.
+    `progress(name, done, all)` is told where it is. A composite has all of the examples in its first type (float32, if that is
+    claimed) and a quarter in the others, a law of models a quarter, and what no kernel has a part in a tenth. With `example`,
+    that one alone is tried, of one op. AcceleratorError if it cannot run here; ValueError for an unknown name or type.
     """
     found = find(accelerator)
     subject = Accelerator(REFERENCE) if found is None else found
-    claimed = [name for name in UNIT_ROUNDOFF if name in subject.dtypes]
+    claimed = [name for name in ("float32", *UNIT_ROUNDOFF) if name in subject.dtypes]
+    claimed = list(dict.fromkeys(claimed))
     wanted = list(dtypes) or claimed
     for name in wanted:
         if name not in claimed:
@@ -337,29 +340,31 @@ def check_accelerator(
         if progress is not None:
             progress(entry.name, place, len(chosen))
         count = examples if full or entry.runs != ALONE else max(examples // 10, 5)
-        report.append(_check_subject(entry, subject, wanted, variants, count, seed, example, shrink))
+        counts = dict.fromkeys(wanted, max(count // entry.cost, 5))
+        if entry.cost > 1 and entry.runs != LAW:
+            counts[wanted[0]] = count
+        report.append(_check_subject(entry, subject, counts, variants, seed, example, shrink))
     return report
 
 
 def _check_subject(
     entry: Subject,
     accelerator: Accelerator,
-    dtypes: list[str],
+    counts: dict[str, int],
     variants: tuple[Accelerator, ...],
-    examples: int,
     seed: int,
     example: str | None,
     shrink: bool,
 ) -> Checked:
     checked, begun = Checked(entry.name, entry.runs), time.monotonic()
-    for dtype in dtypes if entry.typed else dtypes[:1]:
+    for dtype, examples in list(counts.items())[: None if entry.typed else 1]:
         checked.dtypes.append(dtype)
         search = Search(entry.name, entry.make, accelerator, dtype, variants, shrink, checked=checked)
         try:
             if example is None:
                 search.run(examples, seed)
             else:
-                _replay(search, example)
+                search.replay(example)
         except AcceleratorError as error:
             checked.skipped = " ".join(str(error).split())
             break

@@ -13,6 +13,7 @@ from refmodels.conformance.case import Inputs
 from refmodels.conformance.drawing import Draw, Unsuitable
 from refmodels.numerics import UNIT_ROUNDOFF
 from refmodels.op import OPS, Array, Op, executing
+from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import row_scale
 from refmodels.quantization import quantization, quantized_tree
 
@@ -159,6 +160,16 @@ def generator(draw: Draw, shape: tuple[int, ...]) -> Any:
     return np.random.default_rng(7) if draw.chance(6) else OMITTED
 
 
+def near_scores(draw: Draw, shape: tuple[int, ...]) -> Array:
+    """Scores of which several have a share worth drawing from; some are equal, and a few far away."""
+    scores = draw.rng.standard_normal(shape) * draw.pick(1.0, 0.1, 3.0)
+    if draw.spiky:
+        for spike in (1.5, -50.0, -np.inf):
+            scores[draw.rng.random(shape) < 0.15] = spike
+        scores[:, :1] = np.where(np.isfinite(scores[:, :1]), scores[:, :1], 0.0)
+    return draw.laid_out(scores.astype(numpy_dtype(draw.dtype)))
+
+
 def group_numbers(draw: Draw, shape: tuple[int, ...]) -> Array:
     """g_idx: the group of each input. The number of groups is the letter g."""
     block = draw.pick(3, 1, 2, 4, 8, 128)
@@ -235,7 +246,7 @@ def quantised_leaves(draw: Draw, name: str, plain: Array, dtype: str) -> Inputs:
     """The leaves of a matrix, by their names: plain in this type, int8, int8 for the weights alone, int4 in groups."""
     form = draw.pick("plain", "plain", "int8", "weight_int8", "int4") if plain.size else "plain"
     if form == "plain":
-        return {name: draw.laid_out(plain.astype(np.dtype(draw.floats(0, dtype=dtype).dtype)))}
+        return {name: draw.laid_out(plain.astype(numpy_dtype(dtype)))}
     draw.features.add(form)
     how = quantization("int4", draw.pick(3, 8, 128)) if form == "int4" else quantization("int8", None, form != "int8")
     layer = "token_embedding" if "embeddings" in name else "layer"
@@ -366,8 +377,8 @@ DOMAINS: dict[str, dict[str, Rule]] = {
     "masked_softmax": {"scores": softmax_scores},
     "attention_context": {"weights": wide(limit=1.0, positive=True, centred=True), "value": PRODUCT},
     "attention": {
-        "query": floats(limit=30.0, centred=True), "key": floats(limit=30.0, centred=True),
-        "bias": wide(limit=1e4, centred=True),
+        "query": floats(limit=30.0, centred=True), "key": floats(limit=30.0, centred=True), "value": PRODUCT,
+        "bias": wide(limit=1e4),
     },
     "cache_select": {"rows": below("beams")},
     "row_scale": {"x": sometimes_not_finite},
@@ -376,7 +387,7 @@ DOMAINS: dict[str, dict[str, Rule]] = {
         "values": int8s(), "kernel": int8s(), "scale": scales(), "bias": floats(limit=1e4), "dtype": lambda d, s: d.dtype,
     },
     "linear_weight_int8": {
-        "x": floats(limit=1e4), "kernel": int8s(), "kernel_weight_only_scale": scales(), "bias": floats(limit=1e4),
+        "x": floats(limit=1e4), "kernel": int8s(), "bias": floats(limit=1e4),
     },
     "pack_int4": {"values": int8s(-8, 8), "axis": pick(-1, 0, 1)},
     "unpack_int4": {"packed": int8s(), "size": LATER, "axis": pick(-1, 0, 1)},
@@ -404,7 +415,7 @@ DOMAINS: dict[str, dict[str, Rule]] = {
     "has_choice": {"logits": lambda d, s: np.where(d.bools(*s), d.floats(*s), -np.inf).astype(d.floats(0).dtype)},
     "greedy_token": {"logits": tied},
     "sample_token": {
-        "logits": lambda d, s: d.floats(*s, limit=1e4, spikes=(1.5, 1.5, 1.5), centred=True),
+        "logits": near_scores,
         "uniform": lambda d, s: d.laid_out(d.rng.random(s)),
         "temperature": rows_from(1.0, 0.3, 3.0), "top_k": rows_from(1, 2, 3, 50),
         "top_p": rows_from(0.3, 0.77, 0.0, 1.0, np.inf), "min_p": rows_from(0.2, 0.0, 0.5),
@@ -451,6 +462,15 @@ NEVER_EMPTY: dict[str, str] = {
     "token_scores": "vn", "allow_tokens": "v",
 }  # fmt: skip
 """Letters that are at least 1."""
+
+LETTERS: dict[str, tuple[str, ...]] = {
+    "split_heads": ("b", "t", "d"),
+    "linear_int4": ("*b", "k", "n"),
+    "embedding_int4": ("*b", "v", "n"),
+    "logits_int4": ("*b", "v", "n"),
+    "dense": ("*b", "k", "n"),
+}
+"""Of an op whose arguments `THEN` makes: the letters that there are."""
 
 NEVER_LONG = frozenset({"h", "g", "r", "#b", "d"})
 """Letters that are never thousands."""

@@ -1,7 +1,8 @@
 """Examples are lists of small integers: each choice on the way to an example is one, and 0 is always the simplest.
 
-Hypothesis draws and shrinks the integers; a generator of random numbers draws them for a neighbour; and a line to paste replays
-them. Sizes, layouts and kinds of values are choices; the bulk of an array comes from a seed, which is one choice as well.
+A generator of random numbers draws the integers (Hypothesis' own draws are too much alike in a hundred examples), or Hypothesis
+does, in somebody's pytest; a search makes them smaller; and a line to paste replays them. Sizes, layouts and kinds of values
+are choices; the bulk of an array comes from a seed, which is one choice as well.
 """
 
 import random
@@ -16,15 +17,18 @@ from refmodels.ops.precision import numpy_dtype
 USUAL, EMPTY, LONG = KINDS = ("usual", "empty", "long")
 """Kinds of example: any sizes; one dimension 0; one dimension of `LONG_ROW`."""
 
+SEED_CHOICE = 1
+"""Which choice of an example of an op is the seed of its numbers: the one after its kind."""
+
 LONG_ROW = 8192
 SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 TILES = (8, 16, 32, 64)
-"""Where kernels begin another block, if their accelerator does not say."""
+"""Where kernels often begin another block, whatever their accelerator says."""
 
 LAYOUTS = ("C", "F", "strided", "reversed", "read-only")
 SUBNORMAL = {"float32": 1e-40, "float64": 5e-310, "float16": 3e-7, "bfloat16": 1e-39}
 LARGE = {"float32": 3e38, "float64": 1e308, "float16": 6e4, "bfloat16": 3e38}
-ROOM = 2**15
+ROOM = 2**16
 """How large the product of all sizes of an ordinary example may be."""
 
 Source = Callable[[int], int]
@@ -75,12 +79,13 @@ class Draw:
         self.dtype = dtype
         self.sizes: dict[str, int] = {}
         self.lead: tuple[int, ...] | None = None
-        self.tiles = tuple(tiles) or TILES
+        self.tiles = sorted({*tiles, *TILES})
         self.plain_models = False
         self.room = max(ROOM, 2 * max(self.tiles) ** 2)
         self.kind = USUAL if letters is None else self.pick(*KINDS)
-        self.special = None if letters is None or self.kind == USUAL else self.pick(*letters(self.kind))
         self.rng = np.random.default_rng(self.below(2**16))
+        self.special = None if letters is None or self.kind == USUAL else self.pick(*letters(self.kind))
+        self.tiled = self.below(2) == 1
         self.scale = self.pick(1.0, 1e-3, 30.0)
         self.offset = self.pick(0.0, 0.0, 0.0, 0.0, 0.0, 1000.0)
         self.spiky = self.below(3) == 1
@@ -124,8 +129,8 @@ class Draw:
             self.features.add(self.kind)
             return 0 if self.kind == EMPTY else LONG_ROW
         room = min(self.room, high or self.room, 3 if self.kind == LONG else self.room)
-        edges = [size for tile in sorted(self.tiles) for size in (tile - 1, tile, tile + 1) if 0 < size <= room]
-        if edges and self.chance(4):
+        edges = [size for tile in self.tiles for size in (tile - 1, tile, tile + 1) if 0 < size <= room]
+        if edges and self.tiled and self.below(2):
             self.features.add("tile")
             size = int(self.pick(*edges))
         else:
@@ -140,8 +145,12 @@ class Draw:
                 self.features.add(self.kind)
                 self.lead = self.pick((0,), (2, 0), (0, 3)) if self.kind == EMPTY else (LONG_ROW,)
             else:
-                count = self.pick(1, 2, 0)
-                self.lead = tuple(self.size(f"row axis {i}", high=None if i == 0 else 4) for i in range(count))
+                count = self.pick(1, 2, 0, 1)
+                self.lead = (
+                    (1,)
+                    if self.chance(4)
+                    else tuple(self.size(f"row axis {i}", high=None if i == 0 else 4) for i in range(count))
+                )
         return self.lead
 
     def shape(self, dims: Iterable[str]) -> tuple[int, ...]:
@@ -177,7 +186,9 @@ class Draw:
         if self.spiky and values.size:
             large = LARGE[dtype] if limit is None else min(limit, LARGE[dtype])
             for spike in (0.0, -0.0, SUBNORMAL[dtype], large, -large, *spikes):
-                if self.rng.random() < 0.5:
+                if self.rng.random() < 0.5:  # once, or in every eighth place
+                    often = self.rng.random(shape) < 0.125 * (self.rng.random() < 0.5)
+                    values[often] = spike
                     values[tuple(self.rng.integers(size) for size in shape)] = spike
                     self._note(spike, dtype)
         with np.errstate(over="ignore"):

@@ -11,6 +11,7 @@ settings    any number of the accelerator's own threads gives the same bits, whe
 
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 
 from refmodels.accelerator import Accelerator, AcceleratorError
 from refmodels.conformance.case import Case, Environment, described, fingerprints, own, same_bits
-from refmodels.conformance.cases import neighbour, single_row
+from refmodels.conformance.cases import draw_case, neighbour, single_row, with_other_values
+from refmodels.conformance.drawing import Source
 from refmodels.numerics import Verdict, judge_run
 from refmodels.op import OPS, executing
 
@@ -33,6 +35,12 @@ class Wrong(AssertionError):  # noqa: N818 -- the verdict, not a fault of ours
 
 def examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, ...] = ()) -> Environment:
     """Hold the accelerator to the reference on this example. `Wrong`, or what happened."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _examine(case, accelerator, variants)
+
+
+def _examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, ...]) -> Environment:
     before = fingerprints(case.inputs)
     got, environment = _attempt(case, accelerator)
     _check_values(case, got)
@@ -40,7 +48,7 @@ def examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, .
     for path, held in before.items():
         if after[path] != held:
             raise Wrong("inputs", f"{case.op.name} writes to its argument {path}")
-    _check_repeat(case, accelerator, got)
+    _check_repeat(case, accelerator, got, environment)
     if case.other_way is not None and accelerator.invariant:
         _check_other_way(case, accelerator, got)
     if case.thorough:
@@ -57,16 +65,14 @@ def examine(case: Case, accelerator: Accelerator, variants: tuple[Accelerator, .
 
 def _attempt(case: Case, accelerator: Accelerator) -> tuple[Any, Environment]:
     """The results; a kernel that raises is wrong."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return case.run(accelerator)
-        except AcceleratorError as error:
-            if accelerator.strict:
-                raise
-            raise Wrong("values", _raised(case, error)) from error
-        except Exception as error:
-            raise Wrong("values", _raised(case, error)) from error
+    try:
+        return case.run(accelerator)
+    except AcceleratorError as error:
+        if accelerator.strict:
+            raise
+        raise Wrong("values", _raised(case, error)) from error
+    except Exception as error:
+        raise Wrong("values", _raised(case, error)) from error
 
 
 def _raised(case: Case, error: Exception) -> str:
@@ -77,11 +83,9 @@ def _check_values(case: Case, got: Any) -> None:
     def run(inputs: Any) -> Any:
         return _as_far_as(case.reference(inputs), got)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        verdict = judge_run(case.op, run, case.inputs, got)
-        if not verdict:
-            raise Wrong("values", verdict.reason, _worst(verdict, got, run(case.inputs)))
+    verdict = judge_run(case.op, run, case.inputs, got)
+    if not verdict:
+        raise Wrong("values", verdict.reason, _worst(verdict, got, run(case.inputs)))
 
 
 def _as_far_as(wanted: Any, got: Any) -> Any:
@@ -114,14 +118,26 @@ def _element(place: Any, got: Any, wanted: Any) -> str:
     return f"at {place}: got {got!s}, wanted {wanted!s}"
 
 
-def _check_repeat(case: Case, accelerator: Accelerator, got: Any) -> None:
-    between = neighbour(case, accelerator.tiles) if case.thorough else None
-    if between is not None:
-        _attempt(between, accelerator)
+def _check_repeat(case: Case, accelerator: Accelerator, got: Any, first: Environment) -> None:
+    between = _others(case, accelerator) if case.thorough else []
+    for other in between:
+        _attempt(other, accelerator)
+    if not same_bits(first.host(first.given), got):
+        raise Wrong("repeat", f"{case.op.name} writes to what it gave for an earlier call")
     again, _ = _attempt(case, accelerator)
     if not same_bits(got, again):
-        with_other = " with a call of other sizes in between" if between is not None else ""
-        raise Wrong("repeat", f"{case.op.name} gives other bits the second time{with_other}", _differences(again, got))
+        with_others = " with other calls in between" if between else ""
+        raise Wrong("repeat", f"{case.op.name} gives other bits the second time{with_others}", _differences(again, got))
+
+
+def _others(case: Case, accelerator: Accelerator) -> list[Case]:
+    """A call of other sizes, and one of the same sizes with other numbers."""
+
+    def make(source: Source) -> Case:
+        return draw_case(case.op, source, case.dtype, accelerator.tiles)
+
+    found = (neighbour(case, accelerator.tiles), None if case.other_way else with_other_values(case, make))
+    return [other for other in found if other is not None]
 
 
 def _differences(got: Any, wanted: Any, path: str = "") -> tuple[str, ...]:
@@ -174,7 +190,7 @@ def _check_composed(case: Case, accelerator: Accelerator) -> None:
         raise Wrong("composed", f"the body of {case.op.name} on the kernels inside: {wrong.reason}", wrong.lines) from None
 
 
-def _check_threads(case: Case, accelerator: Accelerator, got: Any, rounds: int = 4) -> None:
+def _check_threads(case: Case, accelerator: Accelerator, got: Any, seconds: float = 0.02) -> None:
     """Two calls at once, several times, with threads that change places as often as they can."""
     other = neighbour(case, accelerator.tiles)
     if other is None:
@@ -185,7 +201,9 @@ def _check_threads(case: Case, accelerator: Accelerator, got: Any, rounds: int =
 
     def work(job: Case, wanted: Any) -> None:
         start.wait()
-        for _ in range(rounds):
+        end, rounds = time.monotonic() + seconds, 0
+        while time.monotonic() < end or rounds < 2:
+            rounds += 1
             try:
                 again, _ = _attempt(job, accelerator)
                 if not same_bits(again, wanted):

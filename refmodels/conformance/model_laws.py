@@ -19,8 +19,8 @@ import numpy as np
 from refmodels.conformance.case import Case, Environment, Inputs, Script
 from refmodels.conformance.cases import finish
 from refmodels.conformance.drawing import Draw, Source
-from refmodels.conformance.models import draw_model, vectors
-from refmodels.op import OPS, Array, Params
+from refmodels.conformance.models import draw_model
+from refmodels.op import OPS, Array
 from refmodels.ops.cache import key_value_cache
 from refmodels.ops.precision import compute_dtype
 
@@ -246,5 +246,3 @@ LAWS: dict[str, Make] = {
     if not (family == "bloom" and name == "heads")  # ALiBi gives heads an order
 }
 """`opt/chunks` -> how its examples are made."""
-
-__all__ = ["LAWS", "Params", "vectors"]
