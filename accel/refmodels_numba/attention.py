@@ -28,8 +28,9 @@ def _readable(array: Array) -> Array:
 
 
 def _biased(block: Block, bias: Array | None) -> dict[str, Any]:
-    names = ("bias", "bias_batch", "bias_head", "bias_query")
-    return {} if bias is None else {"bias_kind": GIVEN_BIAS, **{name: block.slot(name) for name in names}}
+    if bias is None:
+        return {}
+    return {"bias_kind": GIVEN_BIAS, **_slots(block, "bias", "bias_batch", "bias_head", "bias_query")}
 
 
 @kernel(ops.attention, when=narrow_and_sure)
@@ -83,14 +84,14 @@ def attention_scores(query: Array, key: Array, bias: Array | None = None, *, sca
     s = key.shape[1]
     block.add(
         "scores",
-        **_sizes(block),
+        **_slots(block, "batch", "t", "s", "heads"),
         size=size,
         query=block.slot("x"),
         keys=block.slot("key0"),
         kind=STORED[key.dtype.name],
         scale=float(scale),
         out=block.buffer("scores", "rows", heads * s),
-        **{name: block.slot(name) for name in ("key_batch", "key_position", "key_head")},
+        **_slots(block, "key_batch", "key_position", "key_head"),
         **_biased(block, bias),
     )
     call.sizes["heads"] = heads
@@ -106,9 +107,9 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
     """One query of one head at a time."""
     batch, heads, t, s = scores.shape
     block, call = Block("float32"), Call(np.empty((batch, t, 0), np.float32))
-    masks = {name: block.slot(name) for name in ("mask", "mask_batch", "mask_query")}
+    masks = _slots(block, "mask", "mask_batch", "mask_query")
     out = block.buffer("weights", "rows", heads * s)
-    block.add("softmax", **_sizes(block), scores=block.slot("scores"), out=out, **masks)
+    block.add("softmax", **_slots(block, "batch", "t", "s", "heads"), scores=block.slot("scores"), out=out, **masks)
     call.sizes |= {"heads": heads, "s": s}
     call.array("scores", np.ascontiguousarray(scores, np.float32))
     call.mask("", mask)
@@ -123,14 +124,14 @@ def attention_context(weights: Array, value: Array) -> Array:
     block, call = Block(value.dtype.name), Call(np.empty((batch, t, 0), np.float32))
     block.add(
         "context",
-        **_sizes(block),
+        **_slots(block, "batch", "t", "s", "heads"),
         size=size,
         weights=block.slot("weights"),
         values=block.slot("value0"),
         kind=STORED[value.dtype.name],
         out=block.buffer("context", "rows", heads * size),
         rounding=block.rounding,
-        **{name: block.slot(name) for name in ("value_batch", "value_position", "value_head")},
+        **_slots(block, "value_batch", "value_position", "value_head"),
     )
     call.sizes["heads"] = heads
     call.array("weights", np.ascontiguousarray(weights, np.float32))
@@ -139,5 +140,5 @@ def attention_context(weights: Array, value: Array) -> Array:
     return call.run(block, team())["context"].reshape(batch, t, heads, size).astype(value.dtype)
 
 
-def _sizes(block: Block) -> dict[str, Any]:
-    return {name: block.slot(name) for name in ("batch", "t", "s", "heads")}
+def _slots(block: Block, *names: str) -> dict[str, Any]:
+    return {name: block.slot(name) for name in names}

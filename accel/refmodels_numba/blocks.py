@@ -127,11 +127,11 @@ class Block(Program):
         """Attention to keys and values whose strides, mask and number are slots that begin with `prefix`."""
         if kind == UNREADABLE:
             raise UnfusibleError("keys and values of another type or layout")
-        strides = {
+        strides: dict[str, Any] = {
             name: self.slot(f"{prefix}{name}")
             for name in ("key_batch", "key_position", "key_head", "value_batch", "value_position", "value_head")
         }
-        masks = {name: self.slot(f"{prefix}{name}") for name in ("mask", "mask_batch", "mask_query")}
+        masks: dict[str, Any] = {name: self.slot(f"{prefix}{name}") for name in ("mask", "mask_batch", "mask_query")}
         self.add(
             "attention",
             batch=self.slot("batch"),
@@ -261,8 +261,9 @@ class Call:
         else:
             self.array("start", np.ascontiguousarray(start, np.int64))
 
-    def run(self, program: Program, team: Team) -> dict[str, Array]:
+    def run(self, program: Program | str, team: Team) -> dict[str, Array]:
         """Run the program; gives its buffers, flat. Activations are in `x`."""
+        assert isinstance(program, Program)  # the kernel's `when` has said so
         return program.run(team, self.sizes, self.addresses, keys=self.longest)
 
     def bias(self, bias: Array) -> None:

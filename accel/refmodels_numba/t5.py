@@ -37,7 +37,10 @@ class Layers:
         self.block, self.config = block, config
         self.inner = config.num_heads * config.head_dim
         self.x, self.h = block.slot("x"), block.buffer("h", "rows", config.hidden_dim)
-        self.residual = {"rounding": ROUND[config.residual_dtype], "residual_rounding": ROUND[config.residual_dtype]}
+        self.residual: dict[str, Any] = {
+            "rounding": ROUND[config.residual_dtype],
+            "residual_rounding": ROUND[config.residual_dtype],
+        }
 
     def norm(self, p: Params, out: Slot) -> None:
         """The norm before each part."""
@@ -78,7 +81,7 @@ class Layers:
         block, config = self.block, self.config
         self.norm(p["layer_norm"], self.h)
         m = block.buffer("m", "rows", config.intermediate_dim)
-        given, gate = block.inputs(self.h, [p["input_projector"]]), {}
+        given, gate = block.inputs(self.h, [p["input_projector"]]), dict[str, Any]()
         if config.use_gated_activation:
             g = block.buffer("gate", "rows", config.intermediate_dim)
             block.dense(given, p["gate_projector"], g)

@@ -7,6 +7,7 @@ are the same with any number of them.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from numba import cfunc, njit, types
 
@@ -92,6 +93,6 @@ def compiled(report: Callable[[str], None]) -> tuple[bytes, str]:
         report(f"compiling the kernels for this CPU, once: {i + 1}/{len(steps)}, {step}")
         if step in MODULES:
             getattr(MODULES[step], step).compile((types.int64,) * (2 + len(INSTRUCTIONS[step].split())))
-    entry = cfunc(SIGNATURE, **INLINE)(execute)
+    entry: Any = cfunc(SIGNATURE, **INLINE)(execute)
     library = entry._library
     return library._codegen._tm.emit_object(library._final_module), entry._wrapper_name
