@@ -10,9 +10,9 @@ import numpy as np
 
 from refmodels.op import Array, Params, ShapeError
 from refmodels.ops.precision import compute_dtype, numpy_dtype
-from refmodels_numba.layout import ACTIVATIONS, INT8, INTEGER, ROUND, STORED
+from refmodels_numba.layout import ACTIVATIONS, FLOAT32, INT8, INTEGER, ROUND, STORED
 from refmodels_numba.packing import Packed, address
-from refmodels_numba.program import Program, Slot
+from refmodels_numba.program import Buffers, Program, Slot
 from refmodels_numba.team import Team
 
 
@@ -50,7 +50,7 @@ class Block(Program):
     def quantized(self, rows: Slot, x: Slot, k: int) -> tuple[Slot, Slot]:
         """x as int8 numbers, and the scale of each row."""
         count = "rows" if rows is self.rows else "batch"
-        out = self.buffer(f"int8 {count} {k}", count, -(-k // 4) + 1)
+        out = self.buffer(f"integers {count} {k}", count, -(-k // 2))
         scales = self.buffer(f"scales {count}", count, 1)
         self.add("quantize", rows=rows, x=x, k=k, out=out, row_scales=scales)
         return out, scales
@@ -261,7 +261,7 @@ class Call:
         else:
             self.array("start", np.ascontiguousarray(start, np.int64))
 
-    def run(self, program: Program | str, team: Team) -> dict[str, Array]:
+    def run(self, program: Program | str, team: Team) -> Buffers:
         """Run the program; gives its buffers, flat. Activations are in `x`."""
         assert isinstance(program, Program)  # the kernel's `when` has said so
         return program.run(team, self.sizes, self.addresses, keys=self.longest)
@@ -282,6 +282,8 @@ def cached_kind(cache: Array) -> int:
     """How keys or values are stored; UNREADABLE if kernels cannot read them."""
     if cache.shape[-1] > 1 and cache.size and cache.strides[-1] != cache.itemsize:
         return UNREADABLE
+    if cache.dtype == np.float32:
+        return FLOAT32
     return STORED.get(cache.dtype.name, UNREADABLE)
 
 

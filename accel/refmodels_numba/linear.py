@@ -33,7 +33,7 @@ def product(
     """factor * (x @ weights) / scales + bias in `dtype`, as a program of one instruction."""
     count = int(np.prod(x.shape[:-1]))
     if weights.kind == INTEGER:
-        given = np.zeros((count, weights.k + weights.k % 2), np.int8)
+        given = np.zeros((count, weights.k + weights.k % 2), np.int16)
         given[:, : weights.k] = x.reshape(count, weights.k)
     else:
         given = np.ascontiguousarray(x, np.float32)

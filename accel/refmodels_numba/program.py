@@ -25,6 +25,17 @@ class Slot:
     number: int
 
 
+class Buffers:
+    """The memory of a call that has run: `buffers[name]` is a buffer as flat float32."""
+
+    def __init__(self, memory: Array, places: dict[str, tuple[int, int]]) -> None:
+        self._memory, self._places = memory, places
+
+    def __getitem__(self, name: str) -> Array:
+        start, size = self._places[name]
+        return self._memory[start : start + size].view(np.float32)
+
+
 class Program:
     """Instructions, slots, and the buffers that a call needs."""
 
@@ -108,7 +119,7 @@ class Program:
 
     def run(
         self, team: Team, sizes: dict[str, int], arguments: dict[str, int], *, keys: int = 0, alone: bool | None = None
-    ) -> dict[str, Array]:
+    ) -> "Buffers":
         """Run with these sizes and addresses by slot name; `keys` is the longest row of scores. Gives the buffers, flat.
 
         `alone` says that one thread is to do it all; None decides by the weights that are read.
@@ -121,20 +132,19 @@ class Program:
             offsets[name] = end
             end += -(-sizes[count] * width * 4 // 64) * 64
         memory = np.empty(end + 64, np.uint8)
-        start = -address(memory) % 64
-        values = np.zeros(len(self._slots), np.int64)
-        for name, slot in self._slots.items():
-            if name in offsets:
-                values[slot.number] = address(memory) + start + offsets[name]
-            else:
-                values[slot.number] = arguments[name] if name in arguments else sizes[name]
+        start = address(memory)
+        start += -start % 64
+        values = [
+            start + offsets[name] if name in offsets else arguments[name] if name in arguments else sizes[name]
+            for name in self._slots
+        ]
         code = self._template.copy()
-        code.reshape(-1)[self._places] = values[self._numbers]
+        code.reshape(-1)[self._places] = np.array(values, np.int64)[self._numbers]
         scratch = max(TEMPORARY + 64 * self._widest, 8 * QUERIES + 4 * QUERIES * keys)
         if alone is None:
             alone = sizes["rows"] * (self.weight_bytes + 4 * keys) < FEW
         team.run(code, scratch, alone=alone)
-        return {
-            name: memory[start + offset : start + offset + 4 * sizes[count] * width].view(np.float32)
-            for name, offset, (count, width) in ((name, offset, self._buffers[name]) for name, offset in offsets.items())
-        }
+        first = start - address(memory)
+        return Buffers(
+            memory, {name: (first + offsets[name], 4 * sizes[count] * width) for name, (count, width) in self._buffers.items()}
+        )

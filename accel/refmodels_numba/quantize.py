@@ -121,13 +121,13 @@ def _quantized(x: Array, scale: Array | None) -> tuple[Array, Array]:
     k, shape = x.shape[-1], x.shape[:-1]
     rows = math.prod(shape)
     scales = np.empty(rows, np.float32) if scale is None else np.array(scale, np.float32).reshape(rows)
-    values, given = np.empty((rows, k + k % 2), np.int8), np.ascontiguousarray(x, np.float32)
+    values, given = np.empty((rows, k + k % 2), np.int16), np.ascontiguousarray(x, np.float32)
     program = Program()
     slots: dict[str, Any] = {name: program.slot(name) for name in ("rows", "x", "out", "row_scales")}
     program.add("quantize", **slots, k=k, given=int(scale is not None))
     arrays = {"x": given, "out": values, "row_scales": scales}
     program.run(team(), {"rows": rows}, {name: packing.address(array) for name, array in arrays.items()}, alone=True)
-    return values[:, :k].reshape(x.shape).copy(), scales.reshape(shape)
+    return values[:, :k].reshape(x.shape).astype(np.int8), scales.reshape(shape)
 
 
 @kernel(ops.row_scale, when=narrow_types)

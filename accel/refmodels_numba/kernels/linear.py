@@ -24,7 +24,9 @@ four_bfloat16, four_float16, four_int8 = (make_tile(4, 1, kind, fetch_next=True)
 wide_float32, wide_bfloat16, wide_float16, wide_int8 = (make_tile(1, 4, kind) for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8))
 one_float32, one_bfloat16, one_float16, one_int8 = (make_tile(1, 1, kind) for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8))
 wide_int4, one_int4 = make_int4_tile(2), make_int4_tile(1)
-four_integer, one_integer, wide_integer = make_integer_tile(4, 1), make_integer_tile(1, 1), make_integer_tile(1, 4)
+tall_integer, four_integer, one_integer, wide_integer = (
+    make_integer_tile(rows, panels) for rows, panels in ((ROWS, 1), (4, 1), (1, 1), (1, 4))
+)
 widen_bfloat16, widen_float16, widen_int8 = (make_widening(kind) for kind in (BFLOAT16, FLOAT16, INT8))
 widen_int4 = make_widening_int4()
 
@@ -172,7 +174,7 @@ def rows_together(kind, rows):
     """Rows of the tiles for so many rows: one, four, or as many as there are registers for."""
     if rows < 4:
         return 1
-    if kind == INTEGER or rows < ROWS or (rows <= 8 and kind in (BFLOAT16, FLOAT16, INT8)):
+    if rows < ROWS or (rows <= 8 and kind in (BFLOAT16, FLOAT16, INT8)):
         return 4
     return ROWS
 
@@ -190,7 +192,7 @@ def linear(
     first = (chunk // groups) * ROW_BLOCK
     last = min(first + ROW_BLOCK, rows)
     size, scale = panel_bytes(kind, k), f32(double_of(factor))
-    stride = k + k % 2 if kind == INTEGER else 4 * k
+    stride = 2 * (k + k % 2) if kind == INTEGER else 4 * k
     parts = (k + block - 1) // block if kind == INT4 else 1  # groups that are summed by themselves and then scaled
     height = rows_together(kind, last - first)
     while panel < end:
@@ -228,6 +230,8 @@ def linear(
                     four_int8(given, stride, at, size, scratch, k)
                 else:
                     four_float32(given, stride, at, size, scratch, k)
+            elif kind == INTEGER:
+                tall_integer(given, stride, at, size, scratch, (k + 1) // 2)
             elif row == first and direct:
                 tall_first(given, stride, at, size, scratch, k)
             else:

@@ -1,10 +1,10 @@
-"""Inputs of integer products: int8 numbers and a scale for each row."""
+"""Inputs of integer products: int8 numbers, kept in int16 as the products want them, and a scale for each row."""
 
 import numpy as np
 from numba import njit
 
 from refmodels_numba.kernels.elementwise import INLINE, f32
-from refmodels_numba.kernels.vector import floats, largest_magnitude_of, nearest, signed_bytes, sum_of
+from refmodels_numba.kernels.vector import floats, largest_magnitude_of, nearest, shorts, sum_of
 
 ROWS = 8
 
@@ -21,7 +21,7 @@ def quantize(chunk, scratch, rows, x, k, out, row_scales, given):
     even = k + k % 2
     scales = floats(row_scales, rows)
     for row in range(chunk * ROWS, min(rows, (chunk + 1) * ROWS)):
-        values, result = floats(x + 4 * row * k, k), signed_bytes(out + row * even, even)
+        values, result = floats(x + 4 * row * k, k), shorts(out + 2 * row * even, even)
         scale = scales[row]
         if given == 0:
             largest = largest_magnitude_of(x + 4 * row * k, k, 0)
@@ -36,6 +36,6 @@ def quantize(chunk, scratch, rows, x, k, out, row_scales, given):
         for i in range(k):
             level = nearest(values[i] * scale)
             level = min(max(level, f32(-127.0)), f32(127.0)) if level == level else f32(0.0)
-            result[i] = np.int8(np.int32(level))
+            result[i] = np.int16(np.int32(level))
         if even > k:
             result[k] = 0

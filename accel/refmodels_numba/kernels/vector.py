@@ -268,7 +268,7 @@ def make_widening_int4():
 def make_integer_tile(rows, panels):
     """tile(x, x_stride, weights, panel_stride, out, pairs): exact int32 sums of int8 products.
 
-    x is int8 [rows, 2 * pairs]; a panel is int8 [pairs, 16, 2], so that two neighbours along k stand side by side; out is
+    x is int16 [rows, 2 * pairs]; a panel is int8 [pairs, 16, 2], so that two neighbours along k stand side by side; out is
     contiguous int32 [rows, panels * 16].
     """
     wide, half = lanes(I32, 2 * LANES), lanes(I16, 2 * LANES)
@@ -288,8 +288,7 @@ def make_integer_tile(rows, panels):
         with loop(builder, number(0), pairs) as (i, _):
             loaded = [builder.sext(load(builder, offset(builder, p, i, 2 * LANES), lanes(I8, 2 * LANES)), half) for p in panel]
             for r, address in enumerate(row):
-                two = builder.sext(load(builder, offset(builder, address, i, 2), lanes(I8, 2)), lanes(I16, 2))
-                value = builder.bitcast(splat(builder, builder.bitcast(two, I32)), half)
+                value = builder.bitcast(splat(builder, load(builder, offset(builder, address, i, 4), I32)), half)
                 for p, weight in enumerate(loaded):
                     builder.store(builder.add(builder.load(sums[r][p]), product(value, weight)), sums[r][p])
         for r in range(rows):
@@ -486,8 +485,8 @@ def _view(element):
     return view
 
 
-floats, doubles, integers, bytes_, signed_bytes, halves, words = map(
-    _view, (types.float32, types.float64, types.int32, types.uint8, types.int8, types.uint16, types.int64)
+floats, doubles, integers, bytes_, shorts, halves, words = map(
+    _view, (types.float32, types.float64, types.int32, types.uint8, types.int16, types.uint16, types.int64)
 )
 """`floats(address, count)`: what stands at an address, as an array; the others likewise of other elements."""
 
