@@ -170,6 +170,11 @@ def near_scores(draw: Draw, shape: tuple[int, ...]) -> Array:
     return draw.laid_out(scores.astype(numpy_dtype(draw.dtype)))
 
 
+def modest(draw: Draw, shape: tuple[int, ...]) -> Array:
+    """Numbers of which several products stay within half precision's range, as they do in a model."""
+    return draw.laid_out(np.asarray(draw.rng.standard_normal(shape) * min(draw.scale, 2.0), numpy_dtype(draw.dtype)))
+
+
 def group_numbers(draw: Draw, shape: tuple[int, ...]) -> Array:
     """g_idx: the group of each input. The number of groups is the letter g."""
     block = draw.pick(3, 1, 2, 4, 8, 128)
@@ -226,7 +231,7 @@ def adapter_groups(draw: Draw, arguments: Inputs) -> None:
 def some_dense_form(draw: Draw, arguments: Inputs) -> None:
     """The leaves of a dense layer: plain or quantised, with an adapter or without."""
     x, n = arguments["x"], draw.size("n")
-    k, plain = x.shape[-1], np.array(draw.floats(x.shape[-1], n, limit=1e3, centred=True), np.float32)
+    k, plain = x.shape[-1], np.array(modest(draw, (x.shape[-1], n)), np.float32)
     arguments |= dict.fromkeys(("kernel_scale", "kernel_weight_only_scale", "kernel_zero", "g_idx"), OMITTED)
     arguments |= quantised_leaves(draw, "kernel", plain, parameter_dtype(draw))
     arguments |= dict.fromkeys(("lora_kernel_a", "lora_kernel_b", "lora_scale"), OMITTED)
@@ -238,7 +243,8 @@ def some_dense_form(draw: Draw, arguments: Inputs) -> None:
 
 def adapter(draw: Draw, k: int, groups: int, rank: int, columns: int) -> Inputs:
     """The leaves of an adapter."""
-    a, b = (wide(limit=1e3, centred=True)(draw, shape) for shape in ((k, groups, rank), (rank, columns)))
+    shapes = (k, groups, rank), (rank, columns)
+    a, b = (modest(draw, shape).astype(wide_dtype(draw)) for shape in shapes)
     return {"lora_kernel_a": a, "lora_kernel_b": b, "lora_scale": np.asarray(draw.pick(1.0, 0.5, -3.7), wide_dtype(draw))}
 
 
@@ -429,9 +435,9 @@ DOMAINS: dict[str, dict[str, Rule]] = {
         "probabilities": wide(positive=True, limit=1.0, centred=True),
         "hidden": floats(limit=10.0), "earlier": floats(limit=10.0), "alpha": pick(0.6, 0.0, 1.0),
     },
-    "dense": {"kernel": LATER, "bias": floats(limit=1e3, centred=True), "x": floats(limit=1e3)},
+    "dense": {"kernel": LATER, "bias": modest, "x": modest},
     "token_vectors": {"p": LATER, "token_ids": below("v"), "dtype": lambda d, s: d.dtype},
-    "token_scores": {"p": LATER, "x": floats(limit=1e3)},
+    "token_scores": {"p": LATER, "x": modest},
 }  # fmt: skip
 """Op -> argument -> how it is drawn."""
 
