@@ -6,6 +6,7 @@ Its kernels are compiled once for all of these tests, or found on disk.
 import hashlib
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -397,11 +398,33 @@ def test_where_nothing_can_be_written_the_code_lives_as_long_as_the_process(comp
 def test_another_version_finds_another_file(monkeypatch):
     before = native.digest()
     native.digest.cache_clear()
-    monkeypatch.setattr(native, "host_features", lambda: frozenset({"something else"}))
+    monkeypatch.setattr(native, "host", lambda: ["something else"])
     assert native.digest() != before
     native.digest.cache_clear()
     monkeypatch.undo()
     assert native.digest() == before
+
+
+def test_llvm_links_what_is_not_of_the_usual_kind(compiled, monkeypatch):
+    """And gives the same: a file with another kind of relocation, or of another system."""
+    native.load(lambda line: None)
+    wanted = outputs(model("opt"), inputs("opt"))[0]
+    monkeypatch.setattr("refmodels_numba.linking.ABSOLUTE_64", 77)
+    code, symbol = native._read()
+    assert native.linking.linked(code, symbol, native.UNUSED) is None
+    monkeypatch.setattr(native, "_execute", None)
+    native.load(lambda line: None)
+    assert native._engines
+    assert same_bits(outputs(model("opt"), inputs("opt"))[0], wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="for Linux on x86-64")
+def test_on_linux_the_code_is_linked_without_llvm():
+    native.load(lambda line: None)
+    code, symbol = native._read()
+    assert native.linking.linked(code, symbol, native.UNUSED)
+    assert native.linking.linked(code, "no such symbol", native.UNUSED) is None
+    assert native.linking.linked(b"MZ" + code[2:], symbol, native.UNUSED) is None
 
 
 def test_numba_is_not_imported_where_its_code_is_on_disk():
@@ -409,10 +432,11 @@ def test_numba_is_not_imported_where_its_code_is_on_disk():
     program = (
         "import sys; from refmodels import OPTCausalLM; "
         "text = OPTCausalLM.from_preset('opt_tiny_stdlib', accelerator='numba').generate('import', max_new_tokens=3); "
-        "print('numba' in sys.modules, len(text) > 6)"
+        "print('numba' in sys.modules, 'llvmlite' in sys.modules, len(text) > 6)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    assert done.stdout.split() == ["False", str(not linux), "True"]
 
 
 def test_without_numba_it_says_what_to_install(monkeypatch):

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import sys
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from refmodels.printing import progress
+from refmodels_numba import linking
 from refmodels_numba.layout import host_features
 
 HERE = Path(__file__).parent
@@ -64,14 +66,24 @@ def digest() -> str:
     """Of all that the machine code depends on."""
     from importlib.metadata import version
 
-    import llvmlite
-    import llvmlite.binding as llvm
-
-    text = [version("numba"), llvmlite.__version__, sys.platform, llvm.get_process_triple(), llvm.get_host_cpu_name()]
-    text += sorted(host_features())
+    text = [version("numba"), version("llvmlite"), sys.platform, platform.machine(), *host()]
     sources = [HERE / "layout.py", *sorted((HERE / "kernels").glob("*.py"))]
     parts = ["\n".join(text).encode(), *(source.read_bytes() for source in sources)]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
+
+
+def host() -> list[str]:
+    """This CPU and what it can do: as Linux tells, which is quick, else as LLVM does."""
+    try:
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    except OSError:
+        first = ""
+    lines = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    told = {name.strip(): value.strip() for name, value in lines.items()}
+    names = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+    if "flags" in told or "Features" in told:
+        return [told.get(name, "") for name in names]
+    return sorted(host_features())
 
 
 def directories() -> list[Path]:
@@ -151,23 +163,30 @@ def _compiled(report: Callable[[str], None]) -> tuple[bytes, str]:
     return machine.compiled(report)
 
 
+UNUSED = (
+    "numba_do_raise", "numba_gil_ensure", "numba_gil_release", "numba_runtime_build_excinfo_struct", "numba_unpickle"
+)  # fmt: skip
+"""Of Numba's wrapper: called when a kernel raises, which none does."""
+
+
 def _linked(code: bytes, symbol: str) -> Callable[[int, int, int, int], None]:
+    address = linking.linked(code, symbol, UNUSED)
+    if address is None:
+        address = _linked_by_llvm(code, symbol)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)
+
+
+def _linked_by_llvm(code: bytes, symbol: str) -> int:
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for name in (
-        "numba_do_raise",
-        "numba_gil_ensure",
-        "numba_gil_release",
-        "numba_runtime_build_excinfo_struct",
-        "numba_unpickle",
-    ):
-        if llvm.address_of_symbol(name) is None:  # of Numba's wrapper: called when a kernel raises, which none does
+    for name in UNUSED:
+        if llvm.address_of_symbol(name) is None:
             llvm.add_symbol(name, abort)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)  # it owns the code
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(engine.get_function_address(symbol))
+    return int(engine.get_function_address(symbol))
