@@ -1,8 +1,7 @@
 """Put compiled code where it can run: a linker for the one kind of object file that Numba makes on Linux for x86-64.
 
-llvmlite does that everywhere, but takes 50 MB of memory and a tenth of a second for it. Such a file has absolute relocations of 64
-bits
-alone; where one has anything else, the answer is None, and llvmlite is asked.
+llvmlite does that everywhere, but takes 50 MB of memory and a tenth of a second for it. Such a file has absolute relocations of
+64 bits alone; where one has anything else, the answer is None, and llvmlite is asked.
 """
 
 import ctypes

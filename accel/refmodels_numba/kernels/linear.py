@@ -2,9 +2,10 @@
 
 from numba import njit
 
-from refmodels_numba.kernels.elementwise import INLINE, activate, f32, rounded
+from refmodels_numba.kernels.elementwise import INLINE, RELU, activate, f32, rounded
 from refmodels_numba.kernels.vector import (
     double_of,
+    finish_vectors,
     floats,
     integers,
     make_int4_tile,
@@ -67,6 +68,15 @@ def finish(
     """From the sums of a tile to results: one pass for each thing that is to be done, over values in the first cache."""
     column = panel * LANES
     size = min(panels * LANES, n - column)
+    plain = kind != INTEGER and kind != INT8 and factor == f32(1.0) and rounding == 0 and residual_rounding == 0 and gate == 0
+    if plain and size % LANES == 0 and (activation == 0 or activation == RELU):
+        for i in range(rows):
+            place = 4 * ((first + i) * n + column)
+            finish_vectors(
+                temporary + 4 * i * panels * LANES, size, bias + 4 * column if bias != 0 else 0, activation,
+                residual + place if residual != 0 else 0, out + place,
+            )  # fmt: skip
+        return
     for i in range(rows):
         row, start = first + i, temporary + 4 * i * panels * LANES
         sums, result = floats(start, size), floats(out + 4 * ((first + i) * n + column), size)

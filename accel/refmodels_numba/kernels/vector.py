@@ -298,6 +298,25 @@ def make_integer_tile(rows, panels):
     return tile
 
 
+@addresses(6)
+def finish_vectors(builder, sums, count, bias, relu, residual, out):
+    """out[j] = residual[j] + relu(sums[j] + bias[j]) for `count` floats, a multiple of 16; 0 for what is not there."""
+    zero = const(VECTOR, 0.0)
+    with loop(builder, number(0), count, LANES) as (i, _):
+        value = cgutils.alloca_once(builder, VECTOR)
+        builder.store(load(builder, offset(builder, sums, i, 4), VECTOR), value)
+        with builder.if_then(builder.icmp_signed("!=", bias, number(0))):
+            builder.store(builder.fadd(builder.load(value), load(builder, offset(builder, bias, i, 4), VECTOR)), value)
+        with builder.if_then(builder.icmp_signed("!=", relu, number(0))):
+            given = builder.load(value)
+            positive = builder.fcmp_unordered(">", given, zero)  # NaN stays
+            builder.store(builder.select(positive, given, zero), value)
+        with builder.if_then(builder.icmp_signed("!=", residual, number(0))):
+            before = load(builder, offset(builder, residual, i, 4), VECTOR)
+            builder.store(builder.fadd(before, builder.load(value)), value)
+        store(builder, builder.load(value), offset(builder, out, i, 4))
+
+
 def folded(builder, vector):
     """Sixteen lanes as four: halves are added to halves."""
     for width in (8, 4):
