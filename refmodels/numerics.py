@@ -6,8 +6,8 @@ first, and then asks that `error <= bound`, written so that NaN fails. The bound
     exact           equal, bit pattern of NaN aside: moves, masks, buckets, argmax, relu
     ulps(k)         error <= k spacings of the true value: elementwise mathematics
     multilinear()   error <= gamma_n * op(|inputs|) + rounding of the result: products and sums of products
-    calibrated(c)   max error <= c * the reference's own error in that dtype + 8u * max|y|, and a little for long sums; what
-                    fails that is looked at again with the error that the inputs' own rounding makes: norms, attention, layers
+    calibrated(c)   max error <= c * the reference's own error in that dtype + 8u * max|y|, and more for long sums; what fails
+                    that is looked at again with the error that the inputs' own rounding makes: norms, attention, layers
 
 `u` is the unit roundoff; storage, accumulation and output precision are kept apart: half-precision inputs are accumulated in
 float32, so their accumulation error is float32's.
@@ -28,6 +28,9 @@ UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, 
 """Half the distance from 1 to the next number: the largest relative error of one rounding to nearest."""
 
 _SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+
+_NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126}
+"""The smallest normal numbers of the types that sums are formed in."""
 
 _OVERFLOW = {
     "float64": math.inf,
@@ -247,8 +250,9 @@ def compare(
         with np.errstate(invalid="ignore"):
             own = max((float(np.abs(x.astype(np.float64) - exact_value)[finite].max(initial=0.0)) for x in others), default=0.0)
         largest = float(np.abs(exact_value[finite]).max()) if finite.any() else 0.0
-        floor = 8 * u + 2 * math.sqrt(terms - 1) * UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"]
-        bound = np.full(truth.shape, error_model.constant * own + floor * largest + _SMALLEST[dtype])
+        summed_in = "float64" if dtype == "float64" else "float32"
+        floor = (8 * u + (terms - 1) * UNIT_ROUNDOFF[summed_in]) * largest
+        bound = np.full(truth.shape, error_model.constant * own + floor + max(_SMALLEST[dtype], _NORMAL[summed_in]))
     with np.errstate(invalid="ignore", over="ignore"):
         # An infinity stands for whatever the type cannot hold: it is right where the bound reaches that far.
         overflow = np.isinf(high) & (np.sign(high) * exact_value + bound >= _OVERFLOW[dtype])

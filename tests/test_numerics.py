@@ -359,12 +359,19 @@ def off(truth, by):
 
 
 def test_calibrated_grows_with_the_length_of_the_sum():
-    """What is added one after the other errs like sqrt(n), and NumPy's own pairs hardly at all."""
-    truth, short, long = np.ones(4), np.float32(1 + 10 * 2.0**-24), np.float32(1 + 100 * 2.0**-24)
+    """What is added one after the other errs by up to n u, and NumPy's own pairs hardly at all."""
+    truth, short, long = np.ones(4), np.float32(1 + 10 * 2.0**-24), np.float32(1 + 1000 * 2.0**-24)
     for terms, accepted in ((1, (False, False)), (9, (True, False)), (8192, (True, True))):
         for value, wanted in zip((short, long), accepted, strict=True):
             got = np.full(4, value, np.float32)
             assert bool(compare(got, truth, calibrated(), wanted=np.ones(4, np.float32), terms=terms)) is wanted
+
+
+def test_the_memory_layout_does_not_decide():
+    """NumPy adds along an axis that is not contiguous one after the other."""
+    scores, mask = np.zeros((2, 1, 2, 8192), np.float32, order="F"), np.ones((1, 1, 1, 8192), bool)
+    scores += np.random.default_rng(0).standard_normal(scores.shape).astype(np.float32) / 1000
+    assert judge(masked_softmax, (scores, mask), {}, masked_softmax(scores, mask))
 
 
 def test_a_second_look_forgives_what_the_inputs_leave_open_and_no_more():
