@@ -18,7 +18,7 @@ from refmodels.t5 import T5Config
 from refmodels_numba.accelerator import kernel, team
 from refmodels_numba.blocks import Block, Call, cached_kind, program_of, refused, result
 from refmodels_numba.cache import by_head
-from refmodels_numba.layout import FLOAT32, GIVEN_BIAS, REACH, RELATIVE_BIAS, ROUND
+from refmodels_numba.layout import FLOAT32, GIVEN_BIAS, REACH, RELATIVE_BIAS, ROUND, STORED
 from refmodels_numba.program import Program, Slot
 
 
@@ -253,6 +253,42 @@ def t5_keys_values(x: Array, p: Params, config: T5Config) -> Params:
     for name, array in made.items():
         made[name] = by_head(batch, s, heads, size, array.dtype.name)
         made[name][...] = array
+    return made
+
+
+def cross_keys_values(params: Params, config: T5Config) -> Program:
+    """For each decoder layer the products with the encoder's output x, and both results into the arrays key{i}, value{i}."""
+    block, heads, size = Block(compute_dtype(config.dtype)), config.num_heads, config.head_dim
+    x, kind = block.slot("x"), STORED[compute_dtype(config.dtype)]
+    k, v = (block.buffer(name, "rows", heads * size) for name in "kv")
+    for i, layer in enumerate(params["decoder"]["layers"]):
+        own = layer["cross_attention"]
+        given = block.inputs(x, [own["key"]])
+        block.dense(given, own["key"], k)
+        block.dense(given, own["value"], v, wait=False)
+        block.write(k, block.slot(f"key{i}"), "key", heads, size, kind)
+        block.write(v, block.slot(f"value{i}"), "value", heads, size, kind, wait=False)
+    return block
+
+
+def _cross(params: Params, config: T5Config) -> Program | str:
+    return program_of(params, (config, "cross"), lambda: cross_keys_values(params, config))
+
+
+def cross_keys_values_fit(encoder_output: Any, params: Any, config: Any) -> bool | str:
+    """loaded parameters, no adapters, not float64"""
+    built = refused(config, None) or _cross(params, config)
+    return built if isinstance(built, str) else True
+
+
+@kernel(reference.t5_cross_keys_values, when=cross_keys_values_fit)
+def t5_cross_keys_values(encoder_output: Array, params: Params, config: T5Config) -> list[Params]:
+    """All layers' as one program, head by head in memory, as decoding reads them."""
+    call, dtype = Call(encoder_output), compute_dtype(config.dtype)
+    shape = call.batch, call.t, config.num_heads, config.head_dim
+    made: list[Params] = [{name: by_head(*shape, dtype) for name in ("key", "value")} for _ in params["decoder"]["layers"]]
+    call.caches(made, None, call.t)
+    call.run(_cross(params, config), team())
     return made
 
 
