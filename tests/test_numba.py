@@ -87,7 +87,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("name", [subject.name for subject in subjects(numba)])
 def test_conformance(name):
     """A part of what `refmodels check --accelerator numba` draws."""
-    (checked,) = check_accelerator(numba, ops=[name], examples=40)
+    (checked,) = check_accelerator(numba, ops=[name], examples=30)
     assert not checked.failures, "\n".join(map(str, checked.failures))
 
 

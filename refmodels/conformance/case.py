@@ -72,6 +72,7 @@ class Case:
     inputs      everything that the script reads: NumPy arrays, trees of parameters, configs, numbers
     script      calls the op, for a cache several times; gives all results
     other_way   of a law: another script whose results must be the same, and which is taken for the truth
+    reordered   whether the other way adds up in another order: then an invariant accelerator's bits may differ as well
     features    what this example shows: `empty`, `fully masked` ...
     code        replays it
     seed        chooses its neighbour and the row that is tried alone
@@ -84,6 +85,7 @@ class Case:
     script: Script
     dtype: str
     other_way: Script | None = None
+    reordered: bool = False
     features: set[str] = field(default_factory=set)
     code: str = "0"
     seed: int = 0

@@ -222,7 +222,7 @@ def _law(family: str, way: Script, first: Script, *, plain: bool = False) -> Mak
         draw = Draw(source, dtype, tiles)
         inputs = _inputs(draw, family, plain=plain)
         kind = {"decode": "decode_step"}.get(way.__name__, "backbone")
-        case = Case(OPS[f"{family}_{kind}"], inputs, way, dtype, other_way=first)
+        case = Case(OPS[f"{family}_{kind}"], inputs, way, dtype, other_way=first, reordered=way is heads)
         finish(case, draw)
         case.thorough = case.threaded = False
         return case
