@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `check`, `compile` and what they need.
+"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `check`, `compile` and the rest.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
