@@ -4,7 +4,9 @@ Our float64 run is the truth and the peer is judged as a candidate. How far it m
 
 - KerasHub ran wholly in the checkpoint's type: `calibrated(4)`, with our own run in that type as the measure.
 - Transformers ran in float64, but its BLOOM and T5 take the softmax in float32, and its T5 norms form the mean square in
-  float32: it errs, but no more than our run wholly in float32 does: `calibrated(1)`. Its OPT stays in float64 throughout.
+  float32: it errs, but no more than a run wholly in float32 does. The largest error of such a run depends on the order in which
+  its sums are formed, which NumPy leaves to the CPU's BLAS: by up to a half between two of them here. So `calibrated(2)`. Its
+  OPT stays in float64 throughout.
 """
 
 import json
@@ -79,7 +81,7 @@ def judge_transformers(folder, inputs, wanted):
         error = rough[key] - truth[key]
         # In float64 throughout: float32's rounding errors times 2**-29, on either side of the comparison.
         own = truth[key] + (2 * 2.0**-29 * error if exact.family in FLOAT64_THROUGHOUT else error)
-        verdict = compare(peer[real], truth[key][real], calibrated(1), wanted=own[real], name=key)
+        verdict = compare(peer[real], truth[key][real], calibrated(2), wanted=own[real], name=key)
         assert verdict, verdict
     return len(wanted)
 
