@@ -29,10 +29,11 @@ from refmodels.accelerator import AcceleratorError, find
 from refmodels.conformance import check_accelerator
 from refmodels.conformance.check import subjects
 from refmodels.coverage import COMPOSITE, OWN, coverage
-from refmodels.numerics import calibrated, compare
+from refmodels.numerics import calibrated, compare, judge
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import pack_int4, quantized_groups
 from refmodels.ops.sampling import beam_candidates, likeliest_tokens, sample_token
+from refmodels.t5 import t5_logits
 
 SMALL = {"vocabulary_size": 37, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "intermediate_dim": 70, "seed": 2}
 MODELS = {
@@ -263,6 +264,18 @@ def test_packed_integers_come_back_bit_for_bit(shape, by_rows):
         assert packed.host is None or block == 3
         if by_rows and packed.host is None:
             assert np.array_equal(packed.rows(np.arange(shape[1])), values)
+
+
+@pytest.mark.parametrize("hidden_dim", [1, 2, 5])
+def test_the_untied_head_in_int4_has_two_numbers_of_a_column_in_a_byte(hidden_dim):
+    """Also where there is one row of them, whose form says nothing."""
+    arguments = {"num_heads": 1, "hidden_dim": hidden_dim, "tie_embedding_weights": False}
+    fast, slow = (model("t5", "int4", accelerator, **arguments) for accelerator in (numba, None))
+    hidden = np.ones((3, hidden_dim), np.float32)
+    with use(numba):
+        got = fast.logits(hidden)
+    verdict = judge(t5_logits, (hidden, slow.params, slow.config), {}, got)
+    assert verdict, verdict
 
 
 def test_a_table_is_packed_in_its_own_memory():

@@ -141,6 +141,6 @@ def _packed_leaf(key: str, leaf: Any, others: Params, name: str, *, owned: bool)
     if f"{key}_zero" in others:
         scale, zero, g_idx = others[f"{key}_scale"], others[f"{key}_zero"], others["g_idx"]
         # Kernels and tables have two numbers of a row in a byte, the untied head's table two of a column.
-        axis = 0 if not by_rows and leaf.shape[0] != len(g_idx) else -1
+        axis = -1 if by_rows or leaf.shape == (len(g_idx), -(-scale.shape[1] // 2)) else 0
         return packing.packed_int4(leaf, scale, zero, g_idx, by_rows=by_rows, axis=axis)
     return packing.packed_int8(leaf, by_rows=by_rows, integer=f"{key}_scale" in others)
