@@ -378,13 +378,13 @@ class Backbone(ABC):
         if not isinstance(inputs, Mapping):
             raise TypeError(f"inputs must be a dictionary with {', '.join(self.inputs)}, got {type(inputs).__name__}")
         self.warn_of_unknown(inputs)
-        arrays = self._checked(inputs)
+        arrays = self.checked(inputs)
         with self.running():
             on_device = {name: self.on_device(array) for name, array in arrays.items()}
-            return self.on_host(self._forward(on_device, rng if training else None))
+            return self.on_host(self.forward(on_device, rng if training else None))
 
     @abstractmethod
-    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Any:
+    def forward(self, inputs: dict[str, Array], rng: Generator | None) -> Any:
         """The composite of this model on checked inputs."""
 
     @contextmanager
@@ -413,7 +413,7 @@ class Backbone(ABC):
         surrounding = executor_in_force()
         return self.accelerator or (surrounding if isinstance(surrounding, Accelerator) else None)
 
-    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+    def checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
         for token, (mask, *others) in self.inputs.items():
             arrays[token], arrays[mask] = self.check_pair(inputs, token, mask)

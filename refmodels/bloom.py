@@ -244,7 +244,7 @@ class BloomBackbone(Backbone):
     def plain_parameters(self) -> list[Parameter]:
         return bloom_parameters(self.config)
 
-    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
+    def forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
         ids, mask, embeddings = inputs["token_ids"], inputs["padding_mask"], inputs.get("embeddings")
         return bloom_backbone(ids, mask, self.device_params, self.config, embeddings=embeddings, rng=rng)
 

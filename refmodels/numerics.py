@@ -218,12 +218,14 @@ def compare(
     condition: Array | None = None,
     terms: int = 1,
     moved: Sequence[Array] = (),
+    roundings: int = 1,
     name: str = "result",
 ) -> Verdict:
     """Judge an array against the float64 truth.
 
     `wanted` is the reference's own result in `got`'s type and `moved` are float64 results on perturbed inputs (calibrated),
-    `condition` is the op on absolute values (multilinear), `terms` the length of its sums (both).
+    `condition` is the op on absolute values (multilinear), `terms` the length of its sums (both). `roundings` is how often
+    `got` may have been rounded to its type on the way (multilinear): a kernel of ours does that once, at the end.
     """
     if error_model.kind == "exact":
         return _equal(got, truth.astype(got.dtype) if wanted is None else wanted, name)
@@ -244,7 +246,7 @@ def compare(
         gamma = accumulation / (1 - min(accumulation, 0.5))
         magnitude = np.abs(exact_value) if condition is None else np.asarray(condition, np.float64)
         # The float64 truth is itself a float64 computation: twice gamma covers both sides.
-        bound = 2 * gamma * magnitude + u * np.abs(exact_value) + _SMALLEST[dtype]
+        bound = (2 * gamma + (roundings - 1) * u) * magnitude + u * np.abs(exact_value) + _SMALLEST[dtype]
     else:
         others = [*moved, *([] if wanted is None else [wanted])]
         with np.errstate(invalid="ignore"):

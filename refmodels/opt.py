@@ -289,18 +289,18 @@ class OPTBackbone(Backbone):
     def plain_parameters(self) -> list[Parameter]:
         return opt_parameters(self.config)
 
-    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+    def checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         unsettled = self.config
         if unsettled.max_sequence_length is None and "token_ids" in inputs:
             length = self.check_ids("token_ids", inputs["token_ids"]).shape[1]
             self.config = replace(unsettled, max_sequence_length=length)
         try:
-            return super()._checked(inputs)
+            return super().checked(inputs)
         except (TypeError, ValueError):
             self.config = unsettled  # a refused input settles nothing
             raise
 
-    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
+    def forward(self, inputs: dict[str, Array], rng: Generator | None) -> Array:
         token_ids = inputs["token_ids"]
         check_length(token_ids.shape[1], self.config.max_sequence_length)
         return opt_backbone(

@@ -431,7 +431,7 @@ class T5Backbone(Backbone):
     def plain_parameters(self) -> list[Parameter]:
         return t5_parameters(self.config)
 
-    def _forward(self, inputs: dict[str, Array], rng: Generator | None) -> dict[str, Array]:
+    def forward(self, inputs: dict[str, Array], rng: Generator | None) -> dict[str, Array]:
         return t5_backbone(**inputs, params=self.device_params, config=self.config, rng=rng)
 
     def logits(self, hidden: Array) -> Array:

@@ -58,8 +58,10 @@ ARROWS = {
         "arguments", "backbone", "files", "op", "ops", "parameters", "preprocessor_files", "preprocessors", "presets",
         "quantization", "task", "tokenizer_files", "tokenizers", "weights",
     },
-    "trace": {"op", "numerics", "files"},
-    "compare": {"op", "numerics", "files", "trace"},
+    "trace": {"op", "files", "weights"},
+    "verification": {
+        "arguments", "backbone", "conformance", "files", "numerics", "op", "ops", "parameters", "trace", "verification", "weights",
+    },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
         "accelerator", "backbone", "conformance", "coverage", "numerics", "op", "opdoc", "ops", "parameters", "quantization",
