@@ -296,7 +296,8 @@ class _Replay:
 
     def _known(self, name: str) -> Value:
         array = self._substitutes.get(name)
-        return self._given(name, self._typed(self._theirs[name] if array is None else array, np.dtype(np.float64)))
+        dtype = numpy_dtype(self._model.embedding_dtype)  # what is skipped is whole layers: their results have its type
+        return self._given(name, self._typed(self._theirs[name] if array is None else array, dtype))
 
     def _arrived(self, op: Op[..., Any], name: str, result: Value, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if op.name in QUIET:
