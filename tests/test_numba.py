@@ -494,6 +494,30 @@ def test_tiles_become_vector_instructions_everywhere(kind, triple, cpu, instruct
     assert register in text
 
 
+@pytest.mark.parametrize("kind", [FLOAT32, BFLOAT16])
+def test_keys_turned_into_panels_give_the_bits_of_keys_as_they_lie(kind):
+    dots, turn, tile = vector.make_dots(kind), vector.make_turning(kind), vector.make_dots_tile(3)
+
+    @njit((types.int64,) * 7, error_model="numpy", _nrt=False)
+    def both(x, keys, count, size, panel, plain, turned):
+        stride = size * (4 if kind == FLOAT32 else 2)
+        for q in range(3):
+            dots(x + 4 * size * q, keys, stride, count, size, plain + 64 * q)
+        turn(keys, stride, count, size, panel)
+        tile(x, 4 * size, panel, turned, 64, size)
+
+    draw = np.random.default_rng(0)
+    for size in (1, 7, 8, 15, 16, 17, 31, 40, 64, 80, 100, 128, 131):
+        for count in (1, 5, 9, 16):
+            x, keys = (draw.standard_normal((rows, size), np.float32) for rows in (3, count))
+            stored = keys if kind == FLOAT32 else (keys.view(np.uint32) >> 16).astype(np.uint16)
+            panel, (plain, turned) = np.empty((size, 16), np.float32), np.zeros((2, 3, 16), np.float32)
+            both(*map(packing.address, (x, stored)), count, size, *map(packing.address, (panel, plain, turned)))
+            np.testing.assert_array_equal(plain[:, :count], turned[:, :count])
+            seen = keys if kind == FLOAT32 else (keys.view(np.uint32) & 0xFFFF0000).view(np.float32)
+            np.testing.assert_allclose(plain[:, :count], x @ seen.T, rtol=1e-3, atol=1e-4)
+
+
 def test_float16_is_widened_by_hand_where_the_cpu_does_not(monkeypatch):
     halves = np.arange(1 << 16, dtype=np.uint16)
     wanted = halves.view(np.float16).astype(np.float32)

@@ -45,7 +45,7 @@ def attention(
     dropout_rate: float = 0.0,
     rng: Any = None,
 ) -> Array:
-    """Eight queries of one head at a time, block of keys by block of keys."""
+    """QUERIES of one head at a time, block of keys by block of keys."""
     batch, t, heads, size = query.shape
     if key.dtype != value.dtype:
         key, value = (part.astype(np.float32) for part in (key, value))

@@ -17,7 +17,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_approximate": 3, "silu": 4
 
 ROW_BLOCK = 384
 """Rows of one piece of work of a product: a multiple of every tile's rows."""
-QUERIES = 8
+QUERIES = 12
 """Queries of one piece of work of attention: a block of keys is read for all of them."""
 KEYS = 64
 ADD, MULTIPLY = 1, 2
@@ -49,6 +49,16 @@ CODES = {name: code for code, name in enumerate(INSTRUCTIONS)}
 HEADER = 2
 """An instruction begins with its code and whether it waits for all before it."""
 WIDTH = HEADER + max(len(operands.split()) for operands in INSTRUCTIONS.values())
+
+
+def padded(keys: int) -> int:
+    """Places for the scores of one query: whole vectors."""
+    return (keys + LANES - 1) // LANES * LANES
+
+
+def attention_scratch(keys: int, size: int) -> int:
+    """Bytes that a piece of work of attention needs: where each query ends, scores, and a block of keys in panels."""
+    return 8 * QUERIES + 4 * QUERIES * padded(keys) + 4 * KEYS * size
 
 
 def bits(value: float) -> int:

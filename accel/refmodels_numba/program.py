@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refmodels.op import Array
-from refmodels_numba.layout import CODES, HEADER, INSTRUCTIONS, QUERIES, TEMPORARY, WIDTH, bits
+from refmodels_numba.layout import CODES, HEADER, INSTRUCTIONS, TEMPORARY, WIDTH, attention_scratch, bits
 from refmodels_numba.packing import Packed, address
 from refmodels_numba.team import Team
 
@@ -47,7 +47,7 @@ class Program:
         self._kept: list[Any] = []
         self._template: Array | None = None
         self.weight_bytes = 0
-        self._widest = 0
+        self._widest = self._head = 0
 
     def slot(self, name: str) -> Slot:
         """The operand of this name."""
@@ -73,6 +73,8 @@ class Program:
         line = [0] * WIDTH
         line[0], line[1] = CODES[name], int(wait)
         names = INSTRUCTIONS[name].split()
+        if name in ("attention", "scores"):
+            self._head = max(self._head, int(operands["size"]))
         for operand, value in operands.items():
             place = HEADER + names.index(operand)
             if isinstance(value, Slot):
@@ -140,7 +142,7 @@ class Program:
         ]
         code = self._template.copy()
         code.reshape(-1)[self._places] = np.array(values, np.int64)[self._numbers]
-        scratch = max(TEMPORARY + 64 * self._widest, 8 * QUERIES + 4 * QUERIES * keys)
+        scratch = max(TEMPORARY + 64 * self._widest, attention_scratch(keys, self._head))
         if alone is None:
             alone = sizes["rows"] * (self.weight_bytes + 4 * keys) < FEW
         team.run(code, scratch, alone=alone)

@@ -382,25 +382,126 @@ def make_dots(kind):
     return dots
 
 
-def make_weighted_sum(kind, width):
-    """add(weights, rows, stride, count, out): out[:width] += weights[j] * row j, from j = 0 on; width 1 or times 16."""
+def transposed(builder, rows):
+    """Eight vectors of eight floats as their columns: shuffles within four lanes, which are cheap, and one of whole fours."""
+
+    def shuffles(a, b, *orders):
+        return [shuffled(builder, a, b, *order) for order in orders]
+
+    pairs = ((0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15))
+    fours = ((0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    halves = ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+    columns = []  # of the rows 0 to 3 and 4 to 7: parts of the columns 0 and 4, 1 and 5, 2 and 6, 3 and 7
+    for first in (0, 4):
+        above, below = (shuffles(rows[i], rows[i + 1], *pairs) for i in (first, first + 2))
+        columns.append([part for a, b in zip(above, below, strict=True) for part in shuffles(a, b, *fours)])
+    low, high = zip(*(shuffles(a, b, *halves) for a, b in zip(*columns, strict=True)), strict=True)
+    return [*low, *high]
+
+
+def make_turning(kind):
+    """turn(rows, stride, count, size, out): sixteen rows as a panel, out[i, l] = row l [i] in float32 for i below `size`.
+
+    `stride` in bytes; lanes from `count` on hold the last row again.
+    """
+    width, half = BYTES[kind], LANES // 2
+
+    @addresses(5)
+    def turn(builder, rows, stride, count, size, out):
+        last, main = builder.sub(count, number(1)), builder.and_(size, number(-half))
+        with loop(builder, number(0), number(LANES), half) as (lane, _):
+            row = []
+            for u in range(half):
+                here = builder.add(lane, number(u))
+                here = builder.select(builder.icmp_signed("<", here, last), here, last)
+                row.append(builder.add(rows, builder.mul(here, stride)))
+            place = offset(builder, out, lane, 4)
+            with loop(builder, number(0), main, half) as (i, _):
+                given = [load_widened(builder, offset(builder, address, i, width), kind, half) for address in row]
+                for u, column in enumerate(transposed(builder, given)):
+                    store(builder, column, offset(builder, place, builder.add(i, number(u)), 4 * LANES))
+            with loop(builder, main, size) as (i, _):
+                for u, address in enumerate(row):
+                    value = load_widened(builder, offset(builder, address, i, width), kind, 1)
+                    store(builder, value, offset(builder, builder.add(place, number(4 * u)), i, 4 * LANES))
+
+    return turn
+
+
+def make_dots_tile(rows):
+    """tile(x, x_stride, panel, out, out_stride, size): out[q, l] = x[q] . key l for `rows` vectors x and a panel of keys.
+
+    The panel, float32 [size, 16], is from `make_turning`. A key has a lane here and not a vector as in `make_dots`, yet its
+    sums are those of `make_dots`, added in the same order: of every sixteenth element, then as a tree, then what is left over.
+    """
+
+    @addresses(6)
+    def tile(builder, x, x_stride, panel, out, out_stride, size):
+        row = [builder.add(x, builder.mul(number(r), x_stride)) for r in range(rows)]
+        main, by_four = (builder.and_(size, number(-multiple)) for multiple in (LANES, 4 * LANES))
+
+        def step(i, sums):
+            keys = load(builder, offset(builder, panel, i, 4 * LANES), VECTOR)
+            for address, place in zip(row, sums, strict=True):
+                value = splat(builder, load(builder, offset(builder, address, i, 4), F32))
+                builder.store(fma(builder, value, keys, builder.load(place)), place)
+
+        def sums_from(first, apart):
+            """The sum of the elements whose number is `first` and a multiple of `apart` more, in the order of the tree."""
+            if apart < LANES:
+                ways = (sums_from(first + way * apart, 2 * apart) for way in (0, 1))
+                return [builder.fadd(a, b) for a, b in zip(*ways, strict=True)]
+            sums = [cgutils.alloca_once(builder, VECTOR) for _ in row]
+            for place in sums:
+                builder.store(const(VECTOR, 0.0), place)
+            with loop(builder, number(first), by_four, 4 * LANES) as (i, _):
+                for u in range(4):
+                    step(builder.add(i, number(u * LANES)), sums)
+            with loop(builder, builder.add(by_four, number(first)), main, LANES) as (i, _):
+                step(i, sums)
+            return [builder.load(place) for place in sums]
+
+        # Halves are added to halves down to four sums; of these neighbours.
+        fours = [sums_from(first, 4) for first in range(4)]
+        pairs = [[builder.fadd(a, b) for a, b in zip(*two, strict=True)] for two in (fours[:2], fours[2:])]
+        totals = [cgutils.alloca_once_value(builder, builder.fadd(a, b)) for a, b in zip(*pairs, strict=True)]
+        with loop(builder, main, size) as (i, _):
+            step(i, totals)
+        for r, total in enumerate(totals):
+            store(builder, builder.load(total), builder.add(out, builder.mul(number(r), out_stride)))
+
+    return tile
+
+
+def make_weighted_sum(kind, width, queries=1):
+    """add(weights, weight_stride, rows, stride, count, out, out_stride): out[q, :width] += weights[q, j] * row j for j < count.
+
+    From j = 0 on. Strides in bytes; width 1 or times 16. Several queries share every load of a row.
+    """
     size = BYTES[kind]
     parts = max(width // LANES, 1)
     element = F32 if width == 1 else VECTOR
 
-    @addresses(5)
-    def add(builder, weights, rows, stride, count, out):
-        places = [offset(builder, out, part * LANES, 4) for part in range(parts)]
-        sums = [cgutils.alloca_once_value(builder, load(builder, place, element)) for place in places]
+    @addresses(7)
+    def add(builder, weights, weight_stride, rows, stride, count, out, out_stride):
+        given = [builder.add(weights, builder.mul(number(q), weight_stride)) for q in range(queries)]
+        starts = [builder.add(out, builder.mul(number(q), out_stride)) for q in range(queries)]
+        places = [[offset(builder, start, part * LANES, 4) for part in range(parts)] for start in starts]
+        sums = [[cgutils.alloca_once_value(builder, load(builder, place, element)) for place in row] for row in places]
         with loop(builder, number(0), count) as (j, _):
             row = builder.add(rows, builder.mul(j, stride))
-            value = load(builder, offset(builder, weights, j, 4), F32)
-            value = value if width == 1 else splat(builder, value)
-            for part, place in enumerate(sums):
-                other = load_widened(builder, offset(builder, row, part * LANES, size), kind, 1 if width == 1 else LANES)
-                builder.store(fma(builder, value, other, builder.load(place)), place)
-        for place, result in zip(places, sums, strict=True):
-            store(builder, builder.load(result), place)
+            others = [
+                load_widened(builder, offset(builder, row, part * LANES, size), kind, 1 if width == 1 else LANES)
+                for part in range(parts)
+            ]
+            for address, of_query in zip(given, sums, strict=True):
+                value = load(builder, offset(builder, address, j, 4), F32)
+                value = value if width == 1 else splat(builder, value)
+                for other, total in zip(others, of_query, strict=True):
+                    builder.store(fma(builder, value, other, builder.load(total)), total)
+        for row, of_query in zip(places, sums, strict=True):
+            for place, total in zip(row, of_query, strict=True):
+                store(builder, builder.load(total), place)
 
     return add
 
