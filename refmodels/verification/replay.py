@@ -268,6 +268,7 @@ class _Replay:
         self._namer = Namer(self._params)
         self._real: list[Array | None] = [None]
         self._permitted: Array | None = None
+        self._right_masks: dict[int, tuple[Value, Array]] = {}
         self.names: dict[str, tuple[int, ...]] = {}
 
     def model(self, inputs: Mapping[str, Any]) -> None:
@@ -293,7 +294,7 @@ class _Replay:
             op.check(*args, **kwargs)
             result = self._composite(op, name, args, kwargs) if op.composite else self._primitive(op, name, args, kwargs)
             if op.name in ("causal_mask", "key_mask"):
-                self._permitted = result.lanes[0]
+                self._permitted = self._right_mask(op, result, args, kwargs)
             return self._arrived(op, name, result, args, kwargs) if isinstance(result, Value) else result
 
     # -- running ------------------------------------------------------------------------------------------------------------
@@ -346,7 +347,9 @@ class _Replay:
 
     def _known(self, name: str) -> Value:
         array = self._substitutes.get(name)
-        return self._given(name, self._typed(self._theirs[name] if array is None else array, np.dtype(np.float64)))
+        # In the type that the step gives, which is not known without running it: that of the residual stream, mostly.
+        ours = numpy_dtype(getattr(self._model.config, "residual_dtype", self._arithmetic.dtype))
+        return self._given(name, self._typed(self._theirs[name] if array is None else array, ours))
 
     def _arrived(self, op: Op[..., Any], name: str, result: Value, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if op.name in QUIET:
@@ -404,13 +407,22 @@ class _Replay:
         before = self._permitted
         self._real.append(real)
         if isinstance(permitted, Value):
-            self._permitted = permitted.lanes[0]
+            self._permitted = self._right_masks.get(id(permitted), (permitted, permitted.lanes[0]))[1]
         try:
             yield
         finally:
             self._real.pop()
             if isinstance(permitted, Value):
                 self._permitted = before
+
+    def _right_mask(self, op: Op[..., Any], result: Value, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """Which keys are permitted: a hypothesis about the mask must not change what counts."""
+        if self._edit is None:
+            return result.lanes[0]
+        arguments = op.signature.bind(*args, **kwargs).arguments
+        mask: Array = op.reference(**{key: Resolver(0.0, str)(value, OWN, 0) for key, value in arguments.items()})
+        self._right_masks[id(result)] = result, mask
+        return mask
 
     def _selection(self, op: Op[..., Any], shape: tuple[int, ...]) -> Array | None:
         """Which values of a result count, to be broadcast to its shape; None for all of them."""
@@ -497,7 +509,7 @@ class _Replay:
             return _elementwise(name, error, bound)
         values = [value for value in arguments.values() if isinstance(value, Value)]
         if not op.composite and op.error.kind in ("multilinear", "ulps", "exact") and all(value.given for value in values):
-            condition = self._condition(op, arguments)
+            condition = self._condition(op, name, arguments)
             if condition is not None:
                 allowance = 2 * self._arithmetic.product_u * _kept(condition, selected)
                 if op.name == "attention_scores" and isinstance(arguments.get("bias"), Value):
@@ -515,7 +527,7 @@ class _Replay:
         others = [lane[number] for number in self._lanes if number >= FIRST_MOVED]
         return compare(typed, lane[TRUTH], calibrated(4), wanted=lane[OWN], terms=result.terms, moved=others, name=name)
 
-    def _condition(self, op: Op[..., Any], arguments: dict[str, Any]) -> Array | None:
+    def _condition(self, op: Op[..., Any], name: str, arguments: dict[str, Any]) -> Array | None:
         """The op on absolute values; of scores without the position bias, which is not to be rounded as they are."""
         resolve = Resolver(0.0, lambda array: "")
         wide = {key: _absolute(resolve(value, TRUTH, self._place[TRUTH])) for key, value in arguments.items()}
@@ -523,6 +535,9 @@ class _Replay:
             wide["bias"] = None
         with np.errstate(all="ignore"):
             found = op.reference(**wide)
+            if self._edit is not None:  # which may move numbers to other places, and may bring in some of either sign
+                edited = np.abs(self._edit(op, name, wide, op.reference))
+                found = np.maximum(edited, found) if edited.shape == found.shape else edited
         return np.abs(found) if isinstance(found, np.ndarray) else None
 
     def _step(
