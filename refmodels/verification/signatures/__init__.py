@@ -9,7 +9,7 @@ from refmodels.verification.signatures import attention, embeddings, feedforward
 from refmodels.verification.signatures.diagnosis import Finding, diagnose
 from refmodels.verification.signatures.fault import Fault, Variant
 
-__all__ = ["FAULTS", "Fault", "Finding", "Variant", "diagnose"]
+__all__ = ["FAULTS", "Fault", "Finding", "Variant", "diagnose", "table"]
 
 FAULTS: list[Fault] = [
     *embeddings.FAULTS,
@@ -21,3 +21,12 @@ FAULTS: list[Fault] = [
     *feedforward.FAULTS,
     *rules.FAULTS,
 ]
+
+
+def table() -> str:
+    """The table of `spec/verification-signatures.md`: every name, the models that it can happen in, and what it says."""
+    rows = [
+        f"| `{fault.name}` | {', '.join(fault.families)} | {'seen' if not fault.ops else 'tried'} | {fault.says} |"
+        for fault in FAULTS
+    ]
+    return "\n".join(["| name | models | how | what it says |", "|---|---|---|---|", *rows, ""])

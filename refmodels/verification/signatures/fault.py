@@ -52,9 +52,9 @@ class Fault:
     """A hypothesis: `name` (`logits-not-scaled`), what it `says` of an implementation, in one sentence with what to change,
     and the `families` it can happen in.
 
-    `variants` are the edits that put it into our steps, for a model on these inputs; they touch the `ops` of these names and no
-    others. A fault that is seen rather than tried has a `rule`, which looks at the arrays; it may have both. `general` faults
-    say what the arrays are like, not what is done wrong, and stand behind those that do.
+    `variants` are the edits that put it into our steps, for a model on these inputs; they change what the `ops` of these names
+    give and no others. A fault that is seen rather than tried has a `rule`, which looks at the arrays; it may have both.
+    `general` faults say what the arrays are like, not what is done wrong, and stand behind those that do.
     """
 
     name: str

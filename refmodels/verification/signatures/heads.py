@@ -60,7 +60,7 @@ FAULTS: list[Fault] = [
         "head-count-wrong",
         "The number of heads is wrong.",
         ("opt", "bloom"),
-        frozenset({*_CONFIGURED, "split_heads", "alibi_slopes"}),
+        frozenset({"split_heads", "attention_scores", "alibi_slopes"}),
         _head_counts,
     ),
     fault(

@@ -28,6 +28,10 @@ def _real_are(make: Callable[[Array], Array]) -> Change:
     return change
 
 
+def _if_padding_mask(change: Change) -> Change:
+    return lambda arguments, run: change(arguments, run) if "padding_mask" in arguments else run(**arguments)
+
+
 def _is_cross_mask(name: str) -> bool:
     return name.startswith("t5_decoder") and "key_mask" in name
 
@@ -102,7 +106,8 @@ FAULTS: list[Fault] = [
         "mask-inverted",
         "The padding mask is taken the wrong way round: 1 is a real token and 0 padding.",
         "causal_mask key_mask",
-        _real_are(np.logical_not),
+        ("in every attention", _real_are(np.logical_not)),
+        ("the encoder's", _if_padding_mask(_real_are(np.logical_not))),
     ),
     fault(
         "mask-additive-weak",

@@ -167,9 +167,8 @@ class _NormAfterSum:
             self._waiting[arguments["x"].dtype] = lambda x: run(x, **held)
             return as_it_was(arguments, run)
         result = run(**arguments)
-        if op.name == "add" and "layers." in name and result.dtype in self._waiting:
-            return self._waiting.pop(result.dtype)(result)
-        return result
+        norm = self._waiting.get(result.dtype) if op.name == "add" and "layers." in name else None
+        return norm(result) if norm else result
 
 
 def _norm_order(model: Backbone, inputs: Mapping[str, Any]) -> Iterator[Variant]:
