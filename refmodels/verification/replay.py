@@ -9,7 +9,7 @@ against our own run from the model's inputs. Everything happens in one pass, wit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -102,6 +102,18 @@ class Report:
         return tuple(step for step in self.steps if not step.ok)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a step was judged by: `theirs` in float64, the `truth`, our `own` result in the type under test, and which values
+    counted (`selected`; None for all). Where the shapes differ, nothing was judged."""
+
+    op: Op[..., Any]
+    theirs: Array
+    truth: Array
+    own: Array
+    selected: Array | None
+
+
 class NothingToCompareError(ValueError):
     """No step of theirs has the name of one of ours."""
 
@@ -162,9 +174,12 @@ def judge_step(
     edit: Edit | None = None,
     arithmetic: Arithmetic | None = None,
     substitutes: Mapping[str, Array] | None = None,
+    moved: int = 0,
+    examine: Callable[[Evidence], None] = lambda evidence: None,
 ) -> Step | None:
     """The one step `name`, under a hypothesis about what they do; None if it is not reached. What leads up to it is taken from
-    theirs, so that little more than its own layer is run."""
+    theirs, so that little more than its own layer is run. `moved` lanes say how well its inputs determine it; `examine` is
+    given the arrays that are compared."""
     found: list[Step] = []
     run = _Replay(
         model,
@@ -174,7 +189,38 @@ def judge_step(
         only={name},
         until=name,
         edit=edit,
+        moved=moved,
         report=found.append,
+        examine=examine,
+    )
+    run.model(inputs)
+    return found[0] if found else None
+
+
+def sketch_step(
+    model: Backbone,
+    inputs: Mapping[str, Any],
+    theirs: Mapping[str, Array],
+    name: str,
+    *,
+    edit: Edit,
+    arithmetic: Arithmetic,
+    substitutes: Mapping[str, Array] | None = None,
+) -> Evidence | None:
+    """As `judge_step`, in the type under test alone and without a verdict, which takes a third of the time: what would be
+    compared, with our own result for the truth."""
+    found: list[Evidence] = []
+    run = _Replay(
+        model,
+        theirs,
+        arithmetic,
+        substitutes=substitutes or {},
+        only={name},
+        until=name,
+        edit=edit,
+        sketch=True,
+        report=lambda step: None,
+        examine=found.append,
     )
     run.model(inputs)
     return found[0] if found else None
@@ -207,17 +253,22 @@ class _Replay:
         only: set[str] | None = None,
         until: str | None = None,
         edit: Edit | None = None,
+        sketch: bool = False,
+        examine: Callable[[Evidence], None] = lambda evidence: None,
     ) -> None:
+        self._sketch, self._examine = sketch, examine
         self._model, self._theirs, self._arithmetic, self._substitutes = model, theirs, arithmetic, substitutes
         self._report, self._only, self._until, self._edit = report, only, until, edit
         self._through = through
-        self._lanes = [OWN, TRUTH, *((OWN_THROUGH, TRUTH_THROUGH) if through else ()), *range(FIRST_MOVED, FIRST_MOVED + moved)]
+        first = [OWN] if sketch else [OWN, TRUTH]
+        self._lanes = [*first, *((OWN_THROUGH, TRUTH_THROUGH) if through else ()), *range(FIRST_MOVED, FIRST_MOVED + moved)]
         self._place = {lane: i for i, lane in enumerate(self._lanes)}
         self._params = model.params
         self._parameter_names = dict(_leaf_names(self._params))
         self._namer = Namer(self._params)
         self._real: list[Array | None] = [None]
         self._permitted: Array | None = None
+        self._right_masks: dict[int, tuple[Value, Array]] = {}
         self.names: dict[str, tuple[int, ...]] = {}
 
     def model(self, inputs: Mapping[str, Any]) -> None:
@@ -243,7 +294,7 @@ class _Replay:
             op.check(*args, **kwargs)
             result = self._composite(op, name, args, kwargs) if op.composite else self._primitive(op, name, args, kwargs)
             if op.name in ("causal_mask", "key_mask"):
-                self._permitted = result.lanes[0]
+                self._permitted = self._right_mask(op, result, args, kwargs)
             return self._arrived(op, name, result, args, kwargs) if isinstance(result, Value) else result
 
     # -- running ------------------------------------------------------------------------------------------------------------
@@ -307,11 +358,15 @@ class _Replay:
             return result
         got = np.asarray(self._theirs[name])
         if got.shape != result.shape:
+            if name == self._until:
+                self._examine(Evidence(op, got.astype(np.float64), result.lanes[-1], result.lanes[0], None))
             wrong = Verdict(False, f"{name} has shape {got.shape}, wanted {result.shape}")
             self._step(name, op, result, wrong, None, 0.0, got.size)
             return result
         selected = self._selection(op, result.shape)
         if self._only is None or name in self._only:
+            if self._sketch:
+                self._sketched(op, got.astype(np.float64), result.lanes[0], selected)
             arguments = dict(op.signature.bind(*args, **kwargs).arguments)
             self._judge(op, name, arguments, got, result, selected)
         substitute = np.asarray(self._substitutes.get(name, got))
@@ -351,13 +406,22 @@ class _Replay:
         before = self._permitted
         self._real.append(real)
         if isinstance(permitted, Value):
-            self._permitted = permitted.lanes[0]
+            self._permitted = self._right_masks.get(id(permitted), (permitted, permitted.lanes[0]))[1]
         try:
             yield
         finally:
             self._real.pop()
             if isinstance(permitted, Value):
                 self._permitted = before
+
+    def _right_mask(self, op: Op[..., Any], result: Value, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """Which keys are permitted: a hypothesis about the mask must not change what counts."""
+        if self._edit is None:
+            return result.lanes[0]
+        arguments = op.signature.bind(*args, **kwargs).arguments
+        mask: Array = op.reference(**{key: Resolver(0.0, str)(value, OWN, 0) for key, value in arguments.items()})
+        self._right_masks[id(result)] = result, mask
+        return mask
 
     def _selection(self, op: Op[..., Any], shape: tuple[int, ...]) -> Array | None:
         """Which values of a result count, to be broadcast to its shape; None for all of them."""
@@ -385,12 +449,19 @@ class _Replay:
             selected = np.asarray(selected.any(0, keepdims=True))
         return np.broadcast_to(selected, shape)
 
+    def _sketched(self, op: Op[..., Any], got: Array, own: Array, selected: Array | None) -> NoReturn:
+        if op.name == "attention_scores":
+            got = _without_shift(got, own, selected)
+        self._examine(Evidence(op, got, own, own, selected))
+        raise _Reached
+
     # -- judging ------------------------------------------------------------------------------------------------------------
 
     def _judge(
         self, op: Op[..., Any], name: str, arguments: dict[str, Any], got: Array, result: Value, selected: Array | None
     ) -> None:
         if result.dtype.kind in "iub":
+            self._examine(Evidence(op, got.astype(np.float64), result.lanes[1], result.lanes[0], selected))
             local = compare(
                 got.astype(result.dtype), result.lanes[1], exact(), wanted=_kept(result.lanes[0], selected), name=name
             )
@@ -407,6 +478,7 @@ class _Replay:
         if op.name == "attention_scores":  # the softmax does not see what all keys of a query have in common
             wide = _without_shift(wide, result.lanes[self._place[TRUTH]], selected)
         typed = narrow(wide, numpy_dtype(self._arithmetic.dtype))
+        self._examine(Evidence(op, wide, result.lanes[self._place[TRUTH]], result.lanes[self._place[OWN]], selected))
         lane = {lane: _kept(array, selected) for lane, array in zip(self._lanes, result.lanes, strict=True)}
         typed, wide = _kept(typed, selected), _kept(wide, selected)
         largest = float(np.abs(lane[TRUTH]).max(initial=0.0))
@@ -436,7 +508,7 @@ class _Replay:
             return _elementwise(name, error, bound)
         values = [value for value in arguments.values() if isinstance(value, Value)]
         if not op.composite and op.error.kind in ("multilinear", "ulps", "exact") and all(value.given for value in values):
-            condition = self._condition(op, arguments)
+            condition = self._condition(op, name, arguments)
             if condition is not None:
                 allowance = 2 * self._arithmetic.product_u * _kept(condition, selected)
                 if op.name == "attention_scores" and isinstance(arguments.get("bias"), Value):
@@ -454,7 +526,7 @@ class _Replay:
         others = [lane[number] for number in self._lanes if number >= FIRST_MOVED]
         return compare(typed, lane[TRUTH], calibrated(4), wanted=lane[OWN], terms=result.terms, moved=others, name=name)
 
-    def _condition(self, op: Op[..., Any], arguments: dict[str, Any]) -> Array | None:
+    def _condition(self, op: Op[..., Any], name: str, arguments: dict[str, Any]) -> Array | None:
         """The op on absolute values; of scores without the position bias, which is not to be rounded as they are."""
         resolve = Resolver(0.0, lambda array: "")
         wide = {key: _absolute(resolve(value, TRUTH, self._place[TRUTH])) for key, value in arguments.items()}
@@ -462,6 +534,9 @@ class _Replay:
             wide["bias"] = None
         with np.errstate(all="ignore"):
             found = op.reference(**wide)
+            if self._edit is not None:  # which may move numbers to other places, and may bring in some of either sign
+                edited = np.abs(self._edit(op, name, wide, op.reference))
+                found = np.maximum(edited, found) if edited.shape == found.shape else edited
         return np.abs(found) if isinstance(found, np.ndarray) else None
 
     def _step(
