@@ -75,17 +75,20 @@ class TransformersCandidate(Candidate):
         import torch
 
         found = _Steps(inputs, self.family, self.model)
-        with _failing(self.name), torch.no_grad(), found.recording(), self._injecting(inject or {}):
+        with _failing(self.name), torch.no_grad(), found.recording(), self._injecting(inject or {}, inputs):
             output = self.model(**self._arguments(inputs), use_cache=False)
             found.add(f"{self.family}_logits", _array(output.logits))
         return found.steps
 
     @contextmanager
-    def _injecting(self, inject: Mapping[str, Array]) -> Iterator[None]:
+    def _injecting(self, inject: Mapping[str, Array], inputs: Mapping[str, Array]) -> Iterator[None]:
         with ExitStack() as stack:
             for layer, name in self.layers.items():
                 if name in inject:
-                    stack.callback(layer.register_forward_hook(_replacing(inject[name])).remove)
+                    real = inputs.get("encoder_padding_mask" if name.startswith("encoder.") else "padding_mask")
+                    if name.startswith("decoder."):
+                        real = inputs.get("decoder_padding_mask")
+                    stack.callback(layer.register_forward_hook(_replacing(inject[name], real)).remove)
             yield
 
     # -- inputs -------------------------------------------------------------------------------------------------------------
@@ -230,8 +233,9 @@ def _first(values: Any) -> Any:
     return values if isinstance(values, torch.Tensor) else values[0]
 
 
-def _replacing(array: Array) -> Callable[..., Any]:
-    """A hook that puts this array in place of what a module gives."""
+def _replacing(array: Array, real: Array | None) -> Callable[..., Any]:
+    """A hook that puts this array in place of what a module gives, where tokens are real: what theirs makes of padding goes on
+    its way, as it may spread."""
 
     def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         import torch
@@ -239,6 +243,9 @@ def _replacing(array: Array) -> Callable[..., Any]:
         own = _first(output)
         wide = array if array.dtype == np.float64 else array.astype(np.float32)
         new = torch.from_numpy(np.array(wide)).to(own.device, own.dtype).reshape(own.shape)
+        if real is not None:
+            counts = torch.from_numpy(np.array(real, bool)).to(own.device)
+            new = torch.where(counts.reshape(*array.shape[:2], 1).expand(array.shape).reshape(own.shape), new, own)
         return new if own is output else (new, *output[1:])
 
     return hook
@@ -249,11 +256,12 @@ def _replacing(array: Array) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Tap:
-    """A module, and which steps of ours what it is `given` and what it `made` are."""
+    """A module, and which steps of ours what it is `given` and what it `made` are, in the `turn`-th call of it."""
 
     module: Any
     given: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
+    turn: int = 1
 
 
 @dataclass(frozen=True)
@@ -359,7 +367,8 @@ def _bloom(model: Any) -> Iterator[Tap]:
 def _t5(model: Any) -> Iterator[Tap]:
     function = str(huggingface.arguments(model.config.to_dict(), type(model).__name__)["activation"])
     yield Tap(model.encoder.embed_tokens, made=("token_embedding:embedding",))
-    yield Tap(model.decoder.embed_tokens, made=("token_embedding:embedding.2",))
+    shared = model.decoder.embed_tokens is model.encoder.embed_tokens  # in older versions
+    yield Tap(model.decoder.embed_tokens, made=("token_embedding:embedding.2",), turn=1 + shared)
     for stack in ("encoder", "decoder"):
         for i, block in enumerate(getattr(model, stack).block):
             at = f"{stack}.layers.{i}"
@@ -418,22 +427,24 @@ class _Steps:
             yield
 
     def _tap(self, stack: ExitStack, tap: Tap) -> None:
+        calls = 0
+
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = _array(_given(args, kwargs))
-            for name in tap.given:
-                self.add(name, value)
+            nonlocal calls
+            calls += 1
+            if calls == tap.turn and tap.given:
+                value = _array(_given(args, kwargs))
+                for name in tap.given:
+                    self.add(name, value)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            value = _array(_first(output))
-            for name in tap.made:
-                if name == "position_embedding:embedding":
-                    value = self._shared_rows(value)
-                self.add(name, value)
+            if calls == tap.turn and tap.made:
+                value = _array(_first(output))
+                for name in tap.made:
+                    self.add(name, self._shared_rows(value) if name == "position_embedding:embedding" else value)
 
-        if tap.given:
-            stack.callback(tap.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if tap.made:
-            stack.callback(tap.module.register_forward_hook(after).remove)
+        stack.callback(tap.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(tap.module.register_forward_hook(after).remove)
 
     def _watch(self, stack: ExitStack, attention: Attention) -> None:
         inner = _Inner(attention, self)
@@ -570,7 +581,8 @@ class _Inner:
     def relative_bias(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """A hook: T5's table of biases, looked up by buckets (t, s)."""
         stack = self._attention.place.partition(".")[0]
-        self._steps.steps[f"t5_{stack}:relative_position_buckets"] = _array(args[0]).reshape(1, *args[0].shape[-2:])
+        buckets = _array(args[0]).reshape(1, *args[0].shape[-2:])
+        self._steps.steps.setdefault(f"t5_{stack}:relative_position_buckets", buckets)
         name = f"{self._attention.place}.relative_attention_bias:relative_position_bias"
         self._steps.steps[name] = np.moveaxis(_array(output).reshape(1, *output.shape[-3:]), -1, 1)
 
