@@ -269,6 +269,10 @@ def shifted_twice(model):
     return forward(lambda model: model, function)(model)
 
 
+def unmasked(layer, args, kwargs):
+    return args, kwargs | {"attention_mask": None}
+
+
 def scaled_output(factor):
     def function(self, x):
         import torch
@@ -545,7 +549,12 @@ FAULTS = [
         assign("encoder.block.0.layer.0.layer_norm.variance_epsilon", lambda model: 1e-5),
     ),
     Fault(
-        "activation on the gate", "t5_gated", f"{ENCODER}:gelu_approximate", "gate-activated",
+        "activation on the gate too", "t5_gated", f"{ENCODER}:multiply", "gate-activated",
+        source("T5DenseGatedActDense.forward",
+               ("hidden_linear = self.wi_1(hidden_states)", "hidden_linear = self.act(self.wi_1(hidden_states))")),
+    ),
+    Fault(
+        "activation on the gate alone", "t5_gated", f"{ENCODER}:gelu_approximate", "gate-swapped",
         source("T5DenseGatedActDense.forward", ("self.act(self.wi_0(hidden_states))", "self.wi_0(hidden_states)"),
                ("hidden_linear = self.wi_1(hidden_states)", "hidden_linear = self.act(self.wi_1(hidden_states))")),
     ),
@@ -598,5 +607,162 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def unmasked(layer, args, kwargs):
-    return args, kwargs | {"attention_mask": None}
+# -- variants that are right --------------------------------------------------------------------------------------------------
+
+
+def in_two_parts(self, x):
+    """A dense layer whose sum is taken in two halves."""
+    import torch
+
+    half = x.shape[-1] // 2
+    first = torch.nn.functional.linear(x[..., :half], self.weight[:, :half])
+    return first + torch.nn.functional.linear(x[..., half:], self.weight[:, half:]) + self.bias
+
+
+def last_term_first(self, x):
+    """A dense layer whose sum is taken from the last term to the first."""
+    import torch
+
+    return torch.nn.functional.linear(x.flip(-1), self.weight.flip(-1), self.bias)
+
+
+def fused_product(model):
+    """One product for queries, keys and values."""
+    import torch
+
+    for layer in layers(model):
+        parts = [getattr(layer.self_attn, f"{part}_proj") for part in "qkv"]
+        for i, part in enumerate(parts):
+
+            def function(self, x, i=i, parts=parts):
+                weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+                return torch.nn.functional.linear(x, weight, bias).chunk(3, -1)[i]
+
+            part.forward = types.MethodType(function, part)
+
+
+def folded_norm(self, x):
+    """A layer norm as one product and one sum."""
+    mean = x.mean(-1, keepdim=True)
+    gain = (x.var(-1, unbiased=False, keepdim=True) + self.eps).rsqrt() * self.weight
+    return x * gain + (self.bias - mean * gain)
+
+
+def one_pass_norm(self, x):
+    """A layer norm whose variance is the mean of the squares less the square of the mean, in float64."""
+    wide = x.double()
+    variance = (wide * wide).mean(-1, keepdim=True) - wide.mean(-1, keepdim=True) ** 2
+    return ((wide - wide.mean(-1, keepdim=True)) / (variance + self.eps).sqrt()).to(x.dtype) * self.weight + self.bias
+
+
+def wide_head(self, x):
+    import torch
+
+    return torch.nn.functional.linear(x.float(), self.weight.float())
+
+
+def norms(function):
+    import torch
+
+    def change(model):
+        for found in model.modules():
+            if isinstance(found, torch.nn.LayerNorm):
+                found.forward = types.MethodType(function, found)
+
+    return module(change)
+
+
+def relative_alibi(model):
+    """ALiBi counted from the query."""
+    place = inspect.getmodule(type(model))
+
+    def function(attention_mask, num_heads, dtype):
+        import torch
+
+        batch, length = attention_mask.shape
+        places = torch.arange(length)
+        bias = place._get_alibi_slopes(num_heads, None)[:, None, None] * (places - places[:, None])
+        return bias.repeat(batch, 1, 1).to(dtype)
+
+    return mock.patch.object(place, "build_alibi_tensor", function)
+
+
+@contextlib.contextmanager
+def tf32(model):
+    """Every product takes its inputs with 11 bits, as the GPU's TF32 does."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def rounded(value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        bits = value.detach().numpy().view(np.uint32).astype(np.uint64)
+        bits = (bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000
+        return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+
+    class TF32(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func.__name__ in ("linear", "matmul", "bmm"):
+                args = (*map(rounded, args[:2]), *args[2:])
+            return func(*args, **(kwargs or {}))
+
+    with TF32():
+        yield
+
+
+SOFTMAX = "nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)"
+SUM = (
+    "attn_weights = torch.einsum('bhtd,bhsd->bhts', query, key) * scaling",
+    "torch.exp(attn_weights - attn_weights.amax(-1, keepdim=True)); attn_weights = attn_weights / attn_weights.sum(-1, True)",
+)
+PRODUCT = "attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling"
+DENSE = f"{L0}.fc1"
+
+RIGHT_ONES = [
+    Right("as it is, OPT", "opt"),
+    Right("as it is, OPT with norms last", "opt_350m"),
+    Right("as it is, BLOOM", "bloom"),
+    Right("as it is, BLOOM with 12 heads", "bloom_12_heads"),
+    Right("as it is, T5", "t5"),
+    Right("as it is, T5 with a gate", "t5_gated"),
+    Right("fused attention, OPT", "opt", attention="sdpa"),
+    Right("fused attention, T5", "t5_gated", attention="sdpa"),
+    Right("sums in two parts", "opt", forward(lambda model: model.get_submodule(DENSE), in_two_parts)),
+    Right("sums from the other end", "opt", forward(lambda model: model.get_submodule(DENSE), last_term_first)),
+    Right("one product for queries, keys and values", "opt", module(fused_product)),
+    Right("norm as one product and one sum", "opt", norms(folded_norm)),
+    Right("norm with its variance in one pass, in float64", "bloom", norms(one_pass_norm)),
+    Right(
+        "scores scaled behind the product", "opt",
+        source("OPTAttention.forward", ("self.q_proj(hidden_states) * self.scaling", "self.q_proj(hidden_states)"),
+               ("scaling=1.0", "scaling=self.scaling")),
+    ),
+    Right("attention written out", "opt", source("eager_attention_forward", (PRODUCT, SUM[0]), (SOFTMAX, SUM[1]))),
+    Right(
+        "mask of -1e9", "opt",
+        source("eager_attention_forward", ("attn_weights + attention_mask", "attn_weights + attention_mask.clamp(min=-1e9)")),
+    ),
+    Right("ALiBi from the query", "bloom_12_heads", relative_alibi),
+    Right("TF32, declared", "opt", tf32, products="tf32"),
+    Right("TF32 in T5, declared", "t5", tf32, products="tf32"),
+    Right("bfloat16, OPT", "opt", dtype="bfloat16"),
+    Right("bfloat16, BLOOM at lengths that it can count", "bloom", dtype="bfloat16", cases=(LEFT, RIGHT)),
+    Right("bfloat16, T5", "t5_gated", dtype="bfloat16"),
+    Right("bfloat16, logits in float32", "opt", forward(lambda model: model.lm_head, wide_head), dtype="bfloat16"),
+    Right("float16, OPT", "opt_350m", dtype="float16"),
+    Right("float16, T5", "t5", dtype="float16"),
+    Right("float64, fused attention", "opt", dtype="float64", attention="sdpa"),
+    Right(
+        "float64, softmax in float64", "opt", source("eager_attention_forward", ("dtype=torch.float32", "dtype=query.dtype")),
+        dtype="float64",
+    ),
+    Right(
+        "float64, norm in float64", "t5", source("T5LayerNorm.forward", ("hidden_states.to(torch.float32)", "hidden_states")),
+        dtype="float64",
+    ),
+    Right("dynamic cache, OPT", "opt", cached="dynamic"),
+    Right("static cache, OPT", "opt", cached="static"),
+    Right("static cache, BLOOM", "bloom", cached="static"),
+    Right("dynamic cache, T5", "t5_gated", cached="dynamic"),
+    Right("static cache, T5", "t5_gated", cached="static"),
+]  # fmt: skip

@@ -31,7 +31,7 @@ FAMILIES = {"OPTForCausalLM": "opt", "BloomForCausalLM": "bloom", "T5ForConditio
 CACHES = ("dynamic", "static")
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "__matmul__")
-"""Functions of PyTorch, and methods of its tensors, whose last two operands are multiplied."""
+"""Functions of PyTorch, and methods of its tensors, whose last two operands are multiplied. Of an `einsum` we know no layout."""
 
 
 def backbone_of(model: Any, dtype: str | None = None) -> Backbone:
@@ -168,9 +168,8 @@ class TransformersCandidate(Candidate):
         arguments = self._arguments(inputs)
         arguments.pop("position_ids", None)  # generation makes its own
         settings = copy.deepcopy(self.model.generation_config)
-        settings.update(
-            do_sample=False, num_beams=1, eos_token_id=None, max_length=None, max_new_tokens=count, min_new_tokens=None
-        )
+        never = self.model.config.vocab_size  # None would be filled in with the model's own end
+        settings.update(do_sample=False, num_beams=1, eos_token_id=never, max_length=None, max_new_tokens=count)
         settings.pad_token_id = settings.pad_token_id or 0
         with _failing(self.name), torch.no_grad():
             tokens = self.model.generate(**arguments, generation_config=settings)
@@ -535,18 +534,22 @@ class _Inner:
         elif name == "scaled_dot_product_attention":
             self._split(*(self._heads(operand) for operand in args[:3]))
             self._add("attention_context", self._heads(result).transpose(0, 2, 1, 3))
-        elif name in PRODUCTS:
-            operands = [value for value in (*args, *kwargs.values()) if hasattr(value, "detach")]
-            left, right = (self._heads(operand) for operand in operands[-2:])
+        elif name in PRODUCTS or name == "einsum":
             self.calls += 1
-            if self.past_softmax:
-                self._add("masked_softmax", left)
-                self._split(None, None, right)
-                self._add("attention_context", self._heads(result).transpose(0, 2, 1, 3))
-            elif self.calls == 1:
-                self._split(left, right.transpose(0, 1, 3, 2), None)
-                if name == "baddbmm" and self._attention.place.startswith("layers.0."):
-                    self._alibi(self._heads(operands[0]))
+            if name != "einsum":
+                operands = [value for value in (*args, *kwargs.values()) if hasattr(value, "detach")]
+                self._product([self._heads(operand) for operand in operands], self._heads(result))
+
+    def _product(self, operands: list[Array], result: Array) -> None:
+        *added, left, right = operands
+        if self.past_softmax or self.calls == 2:
+            self._add("masked_softmax", left)
+            self._split(None, None, right)
+            self._add("attention_context", result.transpose(0, 2, 1, 3))
+        elif self.calls == 1:
+            self._split(left, right.transpose(0, 1, 3, 2), None)
+            if added and self._attention.place == "layers.0.self_attention":
+                self._alibi(added[0])
 
     def _add(self, name: str, array: Array) -> None:
         self._steps.add(f"{self._attention.place}:{name}", array)
