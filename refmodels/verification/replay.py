@@ -469,8 +469,8 @@ class _Replay:
         return compare(typed, lane[TRUTH], calibrated(4), wanted=lane[OWN], terms=result.terms, moved=others, name=name)
 
     def _bias_bound(self, bias: Array, scores: Array | None = None) -> Array:
-        """How far a bias (b, h, t, s), or the scores that it was added to, may be off. In float32 or wider it may be counted from
-        either end of a row, as the softmax sees no difference: then its largest numbers are what is rounded."""
+        """How far a bias (b, h, t, s), or the scores that it was added to, may be off. In float32 or wider it may be counted
+        from either end of a row, as the softmax sees no difference: then its largest numbers are what is rounded."""
         summed_in = UNIT_ROUNDOFF["float64" if self._arithmetic.dtype == "float64" else "float32"]
         largest = np.abs(bias).max(axis=(-2, -1), keepdims=True, initial=0.0)
         found: Array = 4 * self._arithmetic.u + 4 * summed_in * (largest + (0.0 if scores is None else np.abs(scores)))

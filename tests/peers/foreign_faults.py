@@ -145,9 +145,12 @@ def relu(model):
 
 
 def transposed(path):
-    import torch
+    def value(model):
+        import torch
 
-    return assign(path, lambda model: torch.nn.Parameter(model.get_parameter(path).detach().T.contiguous()))
+        return torch.nn.Parameter(model.get_parameter(path).detach().T.contiguous())
+
+    return assign(path, value)
 
 
 # -- other formulas -----------------------------------------------------------------------------------------------------------
@@ -662,9 +665,9 @@ def wide_head(self, x):
 
 
 def norms(function):
-    import torch
-
     def change(model):
+        import torch
+
         for found in model.modules():
             if isinstance(found, torch.nn.LayerNorm):
                 found.forward = types.MethodType(function, found)

@@ -1,4 +1,4 @@
-"""Small models of Transformers with weights that make every step count: none of them near zero, no bias or gain left as drawn."""
+"""Small models of Transformers with weights that make every step count: none of them small, no bias or gain as it is drawn."""
 
 import copy
 
@@ -13,7 +13,15 @@ OPT = {
     "pad_token_id": 1,
 }
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 
 VARIANTS = {
     "opt": ("OPT", OPT),

@@ -1,6 +1,6 @@
 """What `verify` says of each planted fault and of each right variant, and the page of it.
 
-    python tests/peers/foreign_outcomes.py    writes spec/verification-faults.md
+python tests/peers/foreign_outcomes.py    writes spec/verification-faults.md
 """
 
 import functools
@@ -117,7 +117,11 @@ def page():
         name = f"`{names[0]}`" if names else "-"
         lines.append(f"| {fault.variant} | {fault.name} | {where}{wrong} | {name}{'' if named(fault) else ' (missed)'} |")
     agreed = sum(verified_right(right).status == AGREES for right in RIGHT_ONES)
-    lines += [f"\n{len(RIGHT_ONES)} right variants: {agreed} agree.\n", "| model | variant | type | verdict |", "|---|---|---|---|"]
+    lines += [
+        f"\n{len(RIGHT_ONES)} right variants: {agreed} agree.\n",
+        "| model | variant | type | verdict |",
+        "|---|---|---|---|",
+    ]
     for right in RIGHT_ONES:
         verdict = "agrees" if verified_right(right).status == AGREES else "REPORTED"
         declared = f", products in {right.products}" if right.products else ""

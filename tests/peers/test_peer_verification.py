@@ -11,7 +11,7 @@ from foreign_models import VARIANTS, copied, foreign_model
 from refmodels import Backbone
 from refmodels.parameters import flatten
 from refmodels.verification import signatures
-from refmodels.verification.adaptors.transformers import TransformersCandidate, backbone_of
+from refmodels.verification.adaptors.transformers import TransformersCandidate
 from refmodels.verification.candidate import CandidateError
 from refmodels.verification.replay import step_names
 from refmodels.verification.verify import AGREES, DIVERGES, Case, cases, verify
@@ -41,7 +41,7 @@ def case_of(ours, name=LEFT):
     return next(case for case in cases(ours) if case.name == name)
 
 
-# -- planted faults -----------------------------------------------------------------------------------------------------------
+# -- planted faults -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=titles(FAULTS))
@@ -53,7 +53,9 @@ def test_planted_foreign_fault_is_located(outcomes, fault):
 @pytest.mark.parametrize("right", RIGHT_ONES, ids=titles(RIGHT_ONES))
 def test_right_foreign_variant_is_not_reported(outcomes, right):
     found = outcomes.verified_right(right)
-    assert found.status == AGREES, found.first or [s for c in found.cases for s in c.report.steps if s.through and not s.through.ok]
+    assert found.status == AGREES, found.first or [
+        s for c in found.cases for s in c.report.steps if s.through and not s.through.ok
+    ]
     assert all(step.judged for result in found.cases for step in result.report.steps)
 
 
@@ -96,7 +98,7 @@ def test_of_layers_alone_the_layer_is_located(outcomes, name, layer):
     assert outcomes.verified(fault, is_layer).first[1].name == layer
 
 
-# -- defects of Transformers itself ---------------------------------------------------------------------------------------------
+# -- defects of Transformers itself ---------------------------------------------------------------------------------------
 
 
 def test_bloom_in_exact_slices_lacks_its_biases(outcomes):
@@ -138,7 +140,7 @@ def test_opt_in_float64_gives_nan_beside_padding_on_the_left(outcomes):
     assert any(step.name == "layers.1.self_attention:masked_softmax" and not np.isfinite(step.local.error) for step in wrong)
 
 
-# -- the adaptor ----------------------------------------------------------------------------------------------------------------
+# -- the adaptor ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -269,6 +271,6 @@ def test_what_is_no_candidate_is_refused(outcomes):
         TransformersCandidate(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="cache must be one of dynamic, static, got 'paged'"):
         TransformersCandidate(foreign_model("opt"), cache="paged")
+    theirs, ours = outcomes.pair("opt")
     with pytest.raises(ValueError, match="chunks of"):
-        theirs, ours = outcomes.pair("opt")
         TransformersCandidate(theirs).chunked(case_of(ours).inputs, [1, 2])

@@ -31,7 +31,7 @@ FAMILIES = {"OPTForCausalLM": "opt", "BloomForCausalLM": "bloom", "T5ForConditio
 CACHES = ("dynamic", "static")
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "__matmul__")
-"""Functions of PyTorch, and methods of its tensors, whose last two operands are multiplied. Of an `einsum` we know no layout."""
+"""Functions of PyTorch, and methods of its tensors, that multiply their last two operands. Of an `einsum` we know no layout."""
 
 
 def backbone_of(model: Any, dtype: str | None = None) -> Backbone:
@@ -43,11 +43,12 @@ def backbone_of(model: Any, dtype: str | None = None) -> Backbone:
 
     config = model.config.to_dict() | {"transformers_version": transformers.__version__}
     place = Path(type(model).__name__) / "state_dict"
-    tensors = {
-        name: Tensor(place, name, tuple(tensor.shape), numpy_dtype(_type_name(tensor)), lambda tensor=tensor: _array(tensor))
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: _stored(place, name, tensor) for name, tensor in model.state_dict().items()}
     return huggingface_backbone(config, tensors, place, dtype=dtype or _type_name(model))
+
+
+def _stored(place: Path, name: str, tensor: Any) -> Tensor:
+    return Tensor(place, name, tuple(tensor.shape), numpy_dtype(_type_name(tensor)), lambda: _array(tensor))
 
 
 class TransformersCandidate(Candidate):
@@ -68,7 +69,7 @@ class TransformersCandidate(Candidate):
         self.model, self.family, self.products, self.cache = model, FAMILIES[kind], products, cache
         self.name = name or f"{kind} of Transformers"
         self.dtype = _type_name(model)
-        self.layers = {layer: name for layer, name in _layers(model, self.family)}
+        self.layers = dict(_layers(model, self.family))
         self.injects = frozenset(self.layers.values())
 
     def run(self, inputs: Mapping[str, Array], inject: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
@@ -158,7 +159,7 @@ class TransformersCandidate(Candidate):
         return EncoderDecoderCache(made(length), made(encoder_length)) if self.family == "t5" else made(length)
 
     def generate(self, inputs: Mapping[str, Array], count: int) -> Array | None:
-        """As for any candidate. A row that is padded on the right has its padding moved to the left, as Transformers wants it."""
+        """As for any candidate. A row's padding on the right is moved to its left, as Transformers wants it."""
         import copy
 
         import torch
@@ -171,6 +172,8 @@ class TransformersCandidate(Candidate):
         never = self.model.config.vocab_size  # None would be filled in with the model's own end
         settings.update(do_sample=False, num_beams=1, eos_token_id=never, max_length=None, max_new_tokens=count)
         settings.pad_token_id = settings.pad_token_id or 0
+        if self.family == "t5":  # else it puts its own start in front
+            settings.decoder_start_token_id = arguments["decoder_input_ids"][:, 0].tolist()
         with _failing(self.name), torch.no_grad():
             tokens = self.model.generate(**arguments, generation_config=settings)
         return np.asarray(tokens[:, -count:].cpu().numpy())
@@ -514,8 +517,9 @@ class _Steps:
         else:  # ours is the same for every query
             stack = attention.place.partition(".")[0]
             queries = np.asarray(self._inputs.get(f"{stack}_padding_mask", np.ones(permitted.shape[::2])), bool)
-            alike = permitted | (~queries[:, None, :, None] if permitted.shape[2] > 1 else False)
-            self.steps.setdefault(f"t5_{stack}:key_mask", alike.all(2, keepdims=True))
+            if permitted.shape[2] > 1:
+                permitted = np.asarray((permitted | ~queries[:, None, :, None]).all(2, keepdims=True))
+            self.steps.setdefault(f"t5_{stack}:key_mask", permitted)
 
 
 class _Inner:
