@@ -197,20 +197,39 @@ def _load_huggingface(
         return construct(model, arguments, kwargs, source)
     name = _weight_file(directory, *HUGGINGFACE_FILES)
     with HUGGINGFACE_FILES[name].open_tensors(directory, name) as tensors:
-        if "tie_embedding_weights" not in kwargs:
-            arguments["tie_embedding_weights"] = huggingface.tied(tensors, config, str(directory / name))
-        backbone = construct(model, arguments, kwargs, source)
-        start = huggingface.prefix(tensors, model.family)
-        tree = _assemble(
-            backbone,
-            tensors,
-            directory / name,
-            names=lambda parameter: huggingface.names(parameter, start),
-            stored_shape=huggingface.stored_shape,
-            ignorable=lambda name: huggingface.ignorable(name, model.family, start),
-            convert=huggingface.convert,
-        )
-        backbone.adopt(tree)
+        return _of_huggingface(model, arguments, config, tensors, directory / name, kwargs)
+
+
+def huggingface_backbone(config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path, **kwargs: Any) -> Backbone:
+    """The backbone with these tensors, which `file` is said to hold (a live model's, for one), and this config.json. Errors
+    as for `load_backbone`."""
+    arguments = huggingface.arguments(config, str(file))
+    model = _model(cast(Any, Backbone), huggingface.CLASSES[config["model_type"]], str(file))
+    return _of_huggingface(model, arguments, config, tensors, file, kwargs)
+
+
+def _of_huggingface(
+    model: type[Backbone],
+    arguments: dict[str, Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    kwargs: dict[str, Any],
+) -> Backbone:
+    if "tie_embedding_weights" not in kwargs:
+        arguments["tie_embedding_weights"] = huggingface.tied(tensors, config, str(file))
+    backbone = construct(model, arguments, kwargs, str(file.parent / "config.json"))
+    start = huggingface.prefix(tensors, model.family)
+    tree = _assemble(
+        backbone,
+        tensors,
+        file,
+        names=lambda parameter: huggingface.names(parameter, start),
+        stored_shape=huggingface.stored_shape,
+        ignorable=lambda name: huggingface.ignorable(name, model.family, start),
+        convert=huggingface.convert,
+    )
+    backbone.adopt(tree)
     return backbone
 
 

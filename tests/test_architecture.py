@@ -60,7 +60,8 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "arguments", "backbone", "conformance", "files", "numerics", "op", "ops", "parameters", "trace", "verification", "weights",
+        "arguments", "backbone", "conformance", "files", "loading", "numerics", "op", "ops", "parameters", "trace",
+        "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
@@ -100,6 +101,8 @@ OTHERS = {
     "huggingface_hub": {"hub"},
     "kagglehub": {"hub"},
     "hypothesis": {"conformance.check"},
+    "torch": {"verification.adaptors.transformers"},
+    "transformers": {"verification.adaptors.transformers"},
 }
 
 

@@ -121,4 +121,5 @@ class Resolver:
 def moved(wide: Array, by: float, lane: int, name: str) -> Array:
     """Every number times 1 + by or 1 - by, at random: the same for the same lane and name."""
     bits = np.random.default_rng([lane, zlib.crc32(name.encode())]).integers(0, 2, wide.shape, np.int8)
-    return wide * (1.0 + by * (2 * bits - 1))
+    with np.errstate(over="ignore", invalid="ignore"):  # what stands for minus infinity in a mask of theirs
+        return wide * (1.0 + by * (2 * bits - 1))

@@ -162,6 +162,21 @@ def replay(
         )
         run.model(inputs)
         steps = [replace(step, local=again[step.name].local) if step.name in again else step for step in steps]
+    astray = {step.name for step in steps if step.through is not None and not step.through.ok and step.through.bound > 0}
+    if astray and all(step.ok for step in steps):  # nothing is wrong by itself: how much do the model's inputs determine?
+        afar: dict[str, Step] = {}
+        run = _Replay(
+            model,
+            theirs,
+            arithmetic,
+            substitutes={},
+            moved=MOVED_LANES,
+            only=astray,
+            adopts=False,
+            report=lambda step: afar.update({step.name: step}),
+        )
+        run.model(inputs)
+        steps = [replace(step, through=afar[step.name].local) if step.name in afar else step for step in steps]
     return Report(tuple(steps), absent, unknown, str(arithmetic))
 
 
@@ -253,10 +268,11 @@ class _Replay:
         only: set[str] | None = None,
         until: str | None = None,
         edit: Edit | None = None,
+        adopts: bool = True,
         sketch: bool = False,
         examine: Callable[[Evidence], None] = lambda evidence: None,
     ) -> None:
-        self._sketch, self._examine = sketch, examine
+        self._adopts, self._sketch, self._examine = adopts, sketch, examine
         self._model, self._theirs, self._arithmetic, self._substitutes = model, theirs, arithmetic, substitutes
         self._report, self._only, self._until, self._edit = report, only, until, edit
         self._through = through
@@ -370,7 +386,7 @@ class _Replay:
             arguments = dict(op.signature.bind(*args, **kwargs).arguments)
             self._judge(op, name, arguments, got, result, selected)
         substitute = np.asarray(self._substitutes.get(name, got))
-        if result.dtype.kind in "iub":
+        if not self._adopts or result.dtype.kind in "iub":
             return result  # masks and buckets steer our steps as they are to be; theirs are judged by themselves
         return self._substituted(name, substitute, result, selected)
 
@@ -501,18 +517,16 @@ class _Replay:
         result: Value,
         selected: Array | None,
     ) -> Verdict:
-        dtype, u = self._arithmetic.dtype, self._arithmetic.u
         if op.name in BIASES:
-            error = np.abs(wide - lane[TRUTH])
-            bound = 4 * u + 4 * UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"] * np.abs(lane[TRUTH])
-            return _elementwise(name, error, bound)
+            return _elementwise(name, np.abs(wide - lane[TRUTH]), self._bias_bound(lane[TRUTH]))
         values = [value for value in arguments.values() if isinstance(value, Value)]
         if not op.composite and op.error.kind in ("multilinear", "ulps", "exact") and all(value.given for value in values):
             condition = self._condition(op, name, arguments)
             if condition is not None:
                 allowance = 2 * self._arithmetic.product_u * _kept(condition, selected)
-                if op.name == "attention_scores" and isinstance(arguments.get("bias"), Value):
-                    allowance = allowance + 4 * u + 4 * UNIT_ROUNDOFF["float32"] * np.abs(lane[TRUTH])
+                bias = arguments.get("bias")
+                if op.name == "attention_scores" and isinstance(bias, Value):
+                    allowance = allowance + self._bias_bound(bias.lanes[self._place[TRUTH]], lane[TRUTH])
                 closer = _towards(wide, lane[TRUTH], allowance)
                 return compare(
                     narrow(closer, typed.dtype),
@@ -525,6 +539,14 @@ class _Replay:
                 )
         others = [lane[number] for number in self._lanes if number >= FIRST_MOVED]
         return compare(typed, lane[TRUTH], calibrated(4), wanted=lane[OWN], terms=result.terms, moved=others, name=name)
+
+    def _bias_bound(self, bias: Array, scores: Array | None = None) -> Array:
+        """How far a bias (b, h, t, s), or the scores that it was added to, may be off. In float32 or wider it may be counted
+        from either end of a row, as the softmax sees no difference: then its largest numbers are what is rounded."""
+        summed_in = UNIT_ROUNDOFF["float64" if self._arithmetic.dtype == "float64" else "float32"]
+        largest = np.abs(bias).max(axis=(-2, -1), keepdims=True, initial=0.0)
+        found: Array = 4 * self._arithmetic.u + 4 * summed_in * (largest + (0.0 if scores is None else np.abs(scores)))
+        return np.broadcast_to(found, bias.shape) if scores is None else found
 
     def _condition(self, op: Op[..., Any], name: str, arguments: dict[str, Any]) -> Array | None:
         """The op on absolute values; of scores without the position bias, which is not to be rounded as they are."""
