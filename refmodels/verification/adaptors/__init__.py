@@ -1,0 +1,1 @@
+"""Packages whose implementations can be verified as they are: one module for each."""
