@@ -39,7 +39,7 @@ def bounds(
     second_look: bool = False,
     keep: bool = False,
 ) -> dict[str, Known]:
-    """The floating-point steps that `wanted` admits. `second_look`: with what roundings of the inputs and parameters do to them,
+    """The floating-point steps that `wanted` admits. `second_look`: with what roundings of inputs and parameters do to them,
     which costs four runs in float64 more; without it a right implementation may be refused where our own run was lucky. `keep`
     the arrays."""
     found: dict[str, Known] = {}
@@ -63,9 +63,7 @@ def largest_error(truth: Array, own: Array, moved: list[Array], terms: int, arit
     return compare(typed, truth, calibrated(), wanted=own, terms=terms, moved=moved).bound
 
 
-def difference(
-    first: Array, second: Array, bound: float, counts: Array | None, dtype: str, name: str
-) -> tuple[Verdict, bool]:
+def difference(first: Array, second: Array, bound: float, counts: Array | None, dtype: str, name: str) -> tuple[Verdict, bool]:
     """Whether two arrays differ by no more than `bound` where `counts` says that they count, and whether their bits agree.
 
     An infinity stands for the smallest number that the type cannot hold; NaN agrees with NaN alone.

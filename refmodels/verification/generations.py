@@ -52,8 +52,8 @@ class TokenReport:
         if self.verdict == SAME:
             return f"{place}: {self.theirs}"
         return (
-            f"{place}: theirs {self.theirs}, ours {self.ours}, which leads by {self.margin:.3g}; {self.allowed:.3g} is allowed: "
-            f"{self.verdict}"
+            f"{place}: {self.verdict}: theirs {self.theirs}, ours {self.ours}, which leads by {self.margin:.3g}; "
+            f"allowed {self.allowed:.3g}"
         )
 
 

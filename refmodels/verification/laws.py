@@ -10,8 +10,8 @@
     chunks = whole      chunks with the cache give what one chunk gives
     cache starts empty  a text gives the same after another one
 
-How far the two ways may differ comes from our own runs on the same inputs (`bounds`). In `spec/verification.md` each law has its
-reason.
+How far the two ways may differ comes from our own runs on the same inputs (`bounds`). In `spec/verification.md` each law has
+its reason.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,15 +175,16 @@ LAWS = (
     Law("batch = singles", "rows-not-independent", "what a row gives depends on the other rows of its batch", _singles),
     Law("rows reordered", "rows-not-independent", "what a row gives depends on its place in the batch", _reordered),
     Law(
-        "padding on the right", "padding-leaks", "more padding behind the tokens changes what they give: is the padding masked?",
+        "padding on the right", "padding-leaks", "more padding behind the tokens changes what they give: is it masked?",
         _padded_right,
     ),
     Law(
         "padding on the left", "padding-leaks",
-        "padding before the tokens changes what they give: is it masked, and are distances counted between tokens?", _padded_left,
+        "padding before the tokens changes what they give: is it masked, and are distances counted between tokens?",
+        _padded_left,
     ),
-    Law("padding unseen", "padding-leaks", "the ids that stand in the padding change what the tokens give: mask them", _filled),
-    Law("future unseen", "future-leaks", "later tokens change what earlier ones give: the causal mask lets them through", _later),
+    Law("padding unseen", "padding-leaks", "the ids in the padding change what the tokens give: mask them", _filled),
+    Law("future unseen", "future-leaks", "later tokens change what earlier ones give: is the mask causal?", _later),
 )  # fmt: skip
 
 

@@ -206,7 +206,15 @@ def run_in_lanes(
     arithmetic = arithmetic or Arithmetic(model.compute_dtype)
     only = set[str]() if until is None else {until}
     run = _Replay(
-        model, theirs or {}, arithmetic, substitutes={}, report=lambda step: None, moved=moved, only=only, until=until, seen=seen
+        model,
+        theirs or {},
+        arithmetic,
+        substitutes={},
+        report=lambda step: None,
+        moved=moved,
+        only=only,
+        until=until,
+        seen=seen,
     )
     run.model(inputs)
 

@@ -1,6 +1,6 @@
 """Our own models as candidates: to verify an accelerator layer by layer, and to see what a fault would do.
 
-    verify(OwnCandidate(model, "numba"), model)
+verify(OwnCandidate(model, "numba"), model)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +23,10 @@ Observer = Callable[[Op[..., Any], tuple[Any, ...], dict[str, Any], Callable[[],
 class OwnCandidate(Candidate):
     """A model of ours on an accelerator; without one on its own or on the reference.
 
-    Steps inside a kernel that does a whole layer are not seen. `observer` is called in place of every op (`refmodels.op.watching`)
-    and may change what it gives: so a fault is planted. No step is injected unless it is asked for, so that what the errors of
-    the steps add up to is what they add up to in use; but any step may be.
+    Steps inside a kernel that does a whole layer are not seen. `observer` is called in place of every op, as by
+    `refmodels.op.watching`, and may change what it gives: so a fault is planted.
+    No step is injected unless it is asked for, so that what the errors of the steps add up to is what they add up to in use; but
+    any step may be.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class OwnCandidate(Candidate):
             for size in sizes:
                 place, start = slice(begin, begin + size), np.full(rows, begin)
                 new = [model.on_device(array) for array in (ids[:, place], mask[:, place], start)]
-                hidden = model.hidden_states(*new, cache)  # type: ignore[attr-defined]
+                hidden = model.hidden_states(*new, cache)
                 parts.append(np.array(model.on_host(model.logits(hidden))))
                 begin += size
         return np.concatenate(parts, 1)
@@ -79,7 +80,7 @@ class OwnCandidate(Candidate):
         with self._running(), self._observed():
             cache = self._cache(arrays, len(ids), max(map(len, prompts)) + count)
             rows = [Sampling(sampler="greedy")] * len(prompts)
-            steps = list(decode(model, cache, prompts, [count] * len(prompts), frozenset(), rows))  # type: ignore[arg-type]
+            steps = list(decode(model, cache, prompts, [count] * len(prompts), frozenset(), rows))
         return np.array(steps, np.int64).reshape(count, len(prompts)).T
 
     @property
@@ -89,8 +90,8 @@ class OwnCandidate(Candidate):
     def _cache(self, arrays: Mapping[str, Array], rows: int, capacity: int) -> Any:
         if self.model.family == "t5":
             before = [self.model.on_device(arrays[name]) for name in ("encoder_token_ids", "encoder_padding_mask")]
-            return self.model.new_cache(*before, capacity)  # type: ignore[attr-defined]
-        return self.model.new_cache(rows, capacity)  # type: ignore[attr-defined]
+            return self.model.new_cache(*before, capacity)
+        return self.model.new_cache(rows, capacity)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
