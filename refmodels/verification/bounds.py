@@ -70,6 +70,8 @@ def difference(first: Array, second: Array, bound: float, counts: Array | None, 
     """
     if first.shape != second.shape:
         return Verdict(False, f"{name} has shapes {first.shape} and {second.shape}"), False
+    if counts is not None and first.shape[: counts.ndim] != counts.shape:
+        return Verdict(False, f"{name} has shape {first.shape}, wanted {counts.shape} and more"), False
     limit = BEYOND.get(dtype, np.inf)
     a, b = (np.clip(array.astype(np.float64), -limit, limit) for array in (first, second))
     with np.errstate(invalid="ignore"):

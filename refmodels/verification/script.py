@@ -110,7 +110,8 @@ def their_step():
 
 def main():
     op = OPS[{op}]
-    expected = op.reference(**widened(ARGUMENTS))  # {says}
+    # {says}
+    expected = op.reference(**widened(ARGUMENTS))
     return compare(np.asarray(their_step()).astype(np.float64), np.asarray(expected), ARRAYS)
 
 {compare}
@@ -124,7 +125,8 @@ def compare(got, expected, arrays):
         return 1{more}
     with np.errstate(invalid="ignore"):
         error = np.where(got == expected, 0.0, np.abs(got - expected))
-    error = np.where(np.isnan(error), np.inf, error)  # NaN is wrong{counts}
+    error = np.where(np.isnan(error), np.inf, error)  # NaN is wrong
+    error = np.where(np.isinf(bound), 0.0, error)  # what is not judged{counts}
     place = np.unravel_index(np.argmax(error / np.maximum(bound, 1e-300)), error.shape)
     place = tuple(int(i) for i in place)
     found = f"{{STEP}} is {{got[place]:.9g}} at {{place}}, expected {{expected[place]:.9g}}"

@@ -300,7 +300,8 @@ def evidence(
             found.append(Evidence(op.name, plain, got, result.lanes[OWN], np.zeros(()), selected))
             return
         counted = [array if selected is None else np.where(selected, array, array.dtype.type(0)) for array in result.lanes]
-        bound = np.array(largest_error(counted[TRUTH], counted[OWN], counted[2:], result.terms, arithmetic))
+        largest = largest_error(counted[TRUTH], counted[OWN], counted[2:], result.terms, arithmetic)
+        bound = np.array(max(largest, step.local.bound))
         if step.local.error <= bound and step.local.index:
             bound = np.full(result.shape, np.inf)
             bound[step.local.index] = step.local.bound
@@ -358,8 +359,10 @@ def reproduce(
     says = [f"{finding.name}: {finding.says}" for finding in result.findings if place_of(finding.step) == place_of(step.name)]
     facts = {"implementation": spec or verification.candidate, "model": verification.model, "in": str(arithmetic)}
     facts |= dict(verification.facts)
-    arrays = {"expected": found.expected, "bound": found.bound} | ({} if found.counts is None else {"counts": found.counts})
-    counts = found.counts is not None
+    counts = found.counts is not None and not found.counts.all()
+    arrays = {"expected": found.expected, "bound": found.bound}
+    if found.counts is not None and counts:
+        arrays["counts"] = found.counts
     if spec is not None and name is not None:
         arrays |= {f"in.{key}": array for key, array in case.inputs.items()}
         checkpoint = None

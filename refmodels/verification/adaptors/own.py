@@ -25,8 +25,8 @@ class OwnCandidate(Candidate):
 
     Steps inside a kernel that does a whole layer are not seen. `observer` is called in place of every op, as by
     `refmodels.op.watching`, and may change what it gives: so a fault is planted.
-    No step is injected unless it is asked for, so that what the errors of the steps add up to is what they add up to in use; but
-    any step may be.
+    No step is injected unless it is asked for: what the errors of the steps add up to is what they add up to in use. Any step
+    may be.
     """
 
     def __init__(
