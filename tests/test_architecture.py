@@ -60,8 +60,8 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "arguments", "backbone", "conformance", "files", "loading", "numerics", "op", "ops", "parameters", "trace",
-        "verification", "weights",
+        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "loading", "numerics", "op", "ops",
+        "parameters", "trace", "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {

@@ -248,6 +248,38 @@ def step_names(model: Backbone, inputs: Mapping[str, Any]) -> dict[str, tuple[in
     return run.names
 
 
+Seen = Callable[[str, Op[..., Any], dict[str, Any], Value, Array | None], None]
+"""`seen(name, op, arguments, result, selected)`: a step of a run in lanes, and which of its values count (None: all)."""
+
+
+def run_in_lanes(
+    model: Backbone,
+    inputs: Mapping[str, Any],
+    seen: Seen,
+    *,
+    theirs: Mapping[str, Array] | None = None,
+    arithmetic: Arithmetic | None = None,
+    moved: int = 0,
+    until: str | None = None,
+) -> None:
+    """Run our model in the type under test, in float64 and in `moved` lanes more, and show every step to `seen`; the values
+    that `theirs` has are taken from there on. With `until` it stops behind this step, which theirs must have."""
+    arithmetic = arithmetic or Arithmetic(model.compute_dtype)
+    only = set[str]() if until is None else {until}
+    run = _Replay(
+        model,
+        theirs or {},
+        arithmetic,
+        substitutes={},
+        report=lambda step: None,
+        moved=moved,
+        only=only,
+        until=until,
+        seen=seen,
+    )
+    run.model(inputs)
+
+
 class _Reached(Exception):  # noqa: N818  no error
     """The step that was asked for is judged."""
 
@@ -271,8 +303,9 @@ class _Replay:
         adopts: bool = True,
         sketch: bool = False,
         examine: Callable[[Evidence], None] = lambda evidence: None,
+        seen: Seen | None = None,
     ) -> None:
-        self._adopts, self._sketch, self._examine = adopts, sketch, examine
+        self._adopts, self._sketch, self._examine, self._seen = adopts, sketch, examine, seen
         self._model, self._theirs, self._arithmetic, self._substitutes = model, theirs, arithmetic, substitutes
         self._report, self._only, self._until, self._edit = report, only, until, edit
         self._through = through
@@ -370,6 +403,9 @@ class _Replay:
         if op.name in QUIET:
             return result
         self.names[name] = result.shape
+        if self._seen is not None:
+            arguments = dict(op.signature.bind(*args, **kwargs).arguments)
+            self._seen(name, op, arguments, result, self._selection(op, result.shape))
         if name not in self._theirs:
             return result
         got = np.asarray(self._theirs[name])

@@ -36,11 +36,18 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class LawResult:
-    """A law that needs no reference (`batch = singles`): its verdict, or None and why it was not tried."""
+    """A law that needs no reference (`batch = singles`): its verdict, or None and why it was not tried.
+
+    `fault` names what is wrong where the law is broken and `says` what that is, in one sentence; `bitwise` is whether the two
+    ways gave the same bits, which nobody has to.
+    """
 
     name: str
     verdict: Verdict | None
     reason: str = ""
+    fault: str = ""
+    says: str = ""
+    bitwise: bool | None = None
 
 
 @dataclass(frozen=True)
