@@ -14,8 +14,8 @@ from refmodels.verification.replay import Report, Step, StepArrays, step_arrays
 MAX_ROWS, MAX_COLUMNS = 256, 2048
 """No more of a step is kept: some 9 MB, whatever the model."""
 
-AXES = {"b": "row", "t": "position", "s": "key", "h": "head", "d": "channel", "v": "token", "r": "bucket"}
-"""What a letter of an op's signature counts; any other counts channels."""
+AXES = {"b": "row", "t": "position", "s": "key", "h": "head", "d": "channel", "v": "token", "r": "bucket", "1": ""}
+"""What a letter of an op's signature counts; any other counts channels. An axis of size 1 counts nothing."""
 
 WEIGHED = ("masked_softmax", "attention_scores")
 """Steps that show whom a token attends to, the plainer one first."""
@@ -188,7 +188,7 @@ def _slice(step: Step, theirs: Array, ours: Array, judged: Array) -> Slice:
         arrays, axes = [array.reshape(1, -1) for array in arrays], ("row", *axes)
     worst = np.unravel_index(int(_distance(*arrays).argmax()), arrays[0].shape)
     lead = tuple(int(i) for i in worst[:-2])
-    at = ", ".join(f"{name} {i}" for name, i in zip(axes, lead, strict=False))
+    at = ", ".join(f"{name} {i}" for name, i in zip(axes, lead, strict=False) if name)
     start, window = [], []
     for place, size, most in zip(worst[-2:], arrays[0].shape[-2:], (MAX_ROWS, MAX_COLUMNS), strict=True):
         start.append(max(0, min(int(place) - most // 2, size - most)))

@@ -170,9 +170,10 @@ def number(value: float) -> str:
 def diagnosis(verification: Verification) -> list[str]:
     """What is wrong, how wrong, why as far as is known, and what was not looked at: a sentence or two in each entry."""
     said = [headline(verification)]
-    for results in _by_first(verification):
+    for results in by_first(verification):
         said += ["", *explained(results)]
-    said += _accumulated(verification)
+    unclear = accumulated_in_words(verification)
+    said += ["", *unclear] if unclear else []
     said += _laws(verification)
     said += _not_compared(verification)
     facts = dict(verification.facts)
@@ -184,20 +185,24 @@ def diagnosis(verification: Verification) -> list[str]:
 
 def headline(verification: Verification) -> str:
     """One line: who, beside what, and the outcome."""
+    who = f"{printable(verification.candidate, 80)} beside {printable(verification.model, 80)} in {verification.arithmetic}"
+    return f"{who}: {OUTCOMES[verification.status].upper()}; {counts(verification)}"
+
+
+def counts(verification: Verification) -> str:
+    """How many steps are wrong, and how many laws."""
     steps = sum(len(result.report.steps) for result in verification.cases)
     wrong = sum(len(result.report.wrong) for result in verification.cases)
     broken = sum(law.verdict is not None and not law.verdict.ok for law in verification.laws)
-    counts = f"{wrong} of {_count(steps, 'step')} wrong in {_count(len(verification.cases), 'case')}"
-    who = f"{printable(verification.candidate)} beside {printable(verification.model)} in {verification.arithmetic}"
-    laws = f", {broken} of {_count(len(verification.laws), 'law')} broken" if verification.laws else ""
-    return f"{who}: {OUTCOMES[verification.status].upper()}; {counts}{laws}"
+    said = f"{wrong} of {_count(steps, 'step')} wrong in {_count(len(verification.cases), 'case')}"
+    return said + (f", {broken} of {_count(len(verification.laws), 'law')} broken" if verification.laws else "")
 
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _by_first(verification: Verification) -> list[list[CaseResult]]:
+def by_first(verification: Verification) -> list[list[CaseResult]]:
     """The cases that diverge, together where it is at the same step and for the same reason."""
     found: dict[tuple[str, ...], list[CaseResult]] = {}
     for result in verification.cases:
@@ -209,7 +214,7 @@ def _by_first(verification: Verification) -> list[list[CaseResult]]:
 
 def explained(results: Sequence[CaseResult]) -> list[str]:
     """Cases that diverge at the same step: which, how wrong, where, why."""
-    result = max(results, key=lambda found: found.report.first.ratio if found.report.first else 0.0)
+    result = worst_case(results)
     step = result.report.first
     assert step is not None
     names = ", ".join(f'"{printable(found.case.name)}"' for found in results)
@@ -240,6 +245,11 @@ def explained(results: Sequence[CaseResult]) -> list[str]:
     return said
 
 
+def worst_case(results: Sequence[CaseResult]) -> CaseResult:
+    """The case in which the first wrong step is furthest off."""
+    return max(results, key=lambda result: result.report.first.ratio if result.report.first else 0.0)
+
+
 def how_wrong(step: Step) -> str:
     """How far a step is off against what is allowed."""
     local = step.local
@@ -259,7 +269,8 @@ def inner_steps(step: Step, report: Report) -> list[str]:
     return [name for name in report.absent if name.startswith((f"{place}.", f"{place}:"))]
 
 
-def _accumulated(verification: Verification) -> list[str]:
+def accumulated_in_words(verification: Verification) -> list[str]:
+    """The cases in which every step is right and what has added up is not."""
     said = []
     for result in verification.cases:
         verdicts = step_verdicts(result.report)
@@ -270,7 +281,7 @@ def _accumulated(verification: Verification) -> list[str]:
                 f"yet what has added up there is {number(ratio(step.through))} times what is allowed: give more of the "
                 "steps before it."
             )
-    return ["", *said] if said else []
+    return said
 
 
 def _laws(verification: Verification) -> list[str]:
@@ -287,13 +298,18 @@ def _laws(verification: Verification) -> list[str]:
 
 def _not_compared(verification: Verification) -> list[str]:
     said = []
+    for names, what in not_compared(verification):
+        some = ", ".join(printable(name, 80) for name in names[:3])
+        said.append(f"Not compared: {len(names)} {what} ({some}{' ...' * (len(names) > 3)}).")
+    return ["", *said] if said else []
+
+
+def not_compared(verification: Verification) -> list[tuple[list[str], str]]:
+    """Names of steps that only one side has, and whose they are."""
     absent = list(dict.fromkeys(name for result in verification.cases for name in result.report.absent))
     unknown = list(dict.fromkeys(name for result in verification.cases for name in result.report.unknown))
-    for names, what in ((absent, "of ours that they do not give"), (unknown, "of theirs that we have no step for")):
-        if names:
-            some = ", ".join(printable(name, 80) for name in names[:3])
-            said.append(f"Not compared: {len(names)} {what} ({some}{' ...' * (len(names) > 3)}).")
-    return ["", *said] if said else []
+    found = [(absent, "of ours that they do not give"), (unknown, "of theirs that we have no step for")]
+    return [(names, what) for names, what in found if names]
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------------
