@@ -232,7 +232,7 @@ def explained(results: Sequence[CaseResult]) -> list[str]:
         said.append("Why: none of the faults known by name explains it.")
     inside = inner_steps(step, result.report)
     if inside:
-        some = ", ".join(inside[:3])
+        some = ", ".join(printable(name) for name in inside[:3])
         said.append(
             f"To see which of the steps inside it that is, give some of its {len(inside)}: {some}{' ...' * (len(inside) > 3)}"
         )
@@ -290,7 +290,9 @@ def _laws(verification: Verification) -> list[str]:
     kept = [law for law in verification.laws if law.verdict is not None and law.verdict.ok]
     broken = [law for law in verification.laws if law.verdict is not None and not law.verdict.ok]
     untried = [law for law in verification.laws if law.verdict is None]
-    said = [f"Law broken: {printable(law.name)}: {printable(law.verdict.reason, 400)}." for law in broken if law.verdict]
+    said = [
+        f"Law broken: {printable(law.name)}: {printable(law.verdict.reason, 400)}." for law in broken if law.verdict is not None
+    ]
     said += [f"Laws kept: {', '.join(printable(law.name) for law in kept)}."] if kept else []
     said += [f"Law not tried: {printable(law.name)}: {printable(law.reason, 400)}." for law in untried]
     return ["", *said]
