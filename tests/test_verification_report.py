@@ -340,6 +340,12 @@ def test_laws_that_got_worse(since, before, after, worse):
     assert since(verification(steps, laws=(before,)), verification(steps, laws=(after,))) == [(LAWS, KEPT.name)] * worse
 
 
+def test_what_a_wrong_step_hid_was_not_in_the_baseline(tmp_path):
+    write_report(verification(step("a:add", 9.0, 9.0)), tmp_path / "baseline.json")
+    worse = worse_than(verification(step("a:add", 0.5, 9.0)), read_baseline(tmp_path / "baseline.json"))
+    assert [str(entry) for entry in worse] == ["one row: accumulated was not in the baseline, is wrong (inf)"]
+
+
 def test_a_case_that_is_gone_is_worse(since):
     assert since(verification(step("a:add")), verification(step("a:add"), name="other")) == [("one row", "a:add")]
 
@@ -455,8 +461,11 @@ def test_a_wrong_mask_shows_whom_it_lets_see(model):
     assert np.triu(found.attention.ours, 1).max() == 0
 
 
-def test_a_feedforward_shows_no_attention(model):
-    assert looked_at(model, times("layers.0:relu", 2))[2].attention is None
+@pytest.mark.parametrize(
+    "name", ["layers.0:relu", "layers.0.self_attention.value:linear", "layers.0.self_attention.output:linear"]
+)
+def test_what_does_not_spoil_the_weights_shows_none(model, name):
+    assert looked_at(model, times(name, 2))[2].attention is None
 
 
 def test_values_that_are_not_numbers_are_the_worst(model):

@@ -14,6 +14,9 @@ from refmodels.verification.replay import Report, Step, StepArrays, step_arrays
 MAX_ROWS, MAX_COLUMNS = 256, 2048
 """No more of a step is kept: some 9 MB, whatever the model."""
 
+EXAMPLES = 8
+"""So many of the worst values are kept by themselves."""
+
 AXES = {"b": "row", "t": "position", "s": "key", "h": "head", "d": "channel", "v": "token", "r": "bucket", "1": ""}
 """What a letter of an op's signature counts; any other counts channels. An axis of size 1 counts nothing."""
 
@@ -83,13 +86,14 @@ def gather(
     if step is None:
         return None
     attention = _attention(step, report.steps)
-    names = {step.name, *([] if attention is None else [attention.name])}
-    found = step_arrays(model, inputs, theirs, names, arithmetic=arithmetic, substitutes=substitutes)
+    names, through = {step.name, *([] if attention is None else [attention.name])}, attention is not None
+    found = step_arrays(model, inputs, theirs, names, arithmetic=arithmetic, substitutes=substitutes, through=through)
     if step.name not in found:
         return None
     weights = None
     if attention is not None and attention.name in found:
         arrays = found[attention.name]
+        assert arrays.through is not None
         weights = _slice(attention, arrays.theirs, arrays.through, _judged(arrays))
     return _evidence(step, found[step.name], weights)
 
@@ -112,8 +116,11 @@ def _evidence(step: Step, arrays: StepArrays, attention: Slice | None) -> Eviden
     theirs, ours = _wide(arrays.theirs), _wide(arrays.local)
     error = _distance(theirs, ours, judged)
     wrong = error > bound
-    order = np.argsort(-error, axis=None, kind="stable")[:8]
-    indices = [tuple(map(int, np.unravel_index(place, error.shape))) for place in order if wrong.flat[place]]
+    order = np.flatnonzero(wrong)
+    if order.size > EXAMPLES:  # logits have millions
+        order = order[np.argpartition(-error.flat[order], EXAMPLES)[:EXAMPLES]]
+    order = order[np.argsort(-error.flat[order], kind="stable")]
+    indices = [tuple(map(int, np.unravel_index(place, error.shape))) for place in order]
     return Evidence(
         step=step.name,
         bound=bound,

@@ -182,11 +182,12 @@ def judge_step(
 
 @dataclass(frozen=True)
 class StepArrays:
-    """A step in numbers: theirs, the truth given their inputs of it, the truth given the model's; `judged` says which count."""
+    """A step in numbers: theirs, the truth given their inputs of it, the truth given the model's if that was asked for;
+    `judged` says which count."""
 
     theirs: Array
     local: Array
-    through: Array
+    through: Array | None
     judged: Array | None
 
 
@@ -198,8 +199,11 @@ def step_arrays(
     *,
     arithmetic: Arithmetic | None = None,
     substitutes: Mapping[str, Array] | None = None,
+    through: bool = False,
 ) -> dict[str, StepArrays]:
-    """These steps in numbers, those that theirs have in the shape of ours: what a picture of an error is drawn from."""
+    """These steps in numbers, those that theirs have in the shape of ours: what a picture of an error is drawn from.
+
+    A single one, and not `through`, takes little more than running its own layer."""
     found: dict[str, StepArrays] = {}
     run = _Replay(
         model,
@@ -207,8 +211,9 @@ def step_arrays(
         arithmetic or Arithmetic(model.compute_dtype),
         substitutes=substitutes or {},
         report=lambda step: None,
-        through=True,
+        through=through,
         only=set(),
+        until=next(iter(names)) if len(names) == 1 and not through else None,
         show=(set(names), found),
     )
     run.model(inputs)
@@ -366,7 +371,8 @@ class _Replay:
         wanted: set[str],
         found: dict[str, StepArrays],
     ) -> None:
-        local, through = (result.lanes[self._place[lane]] for lane in (TRUTH, TRUTH_THROUGH))
+        local = result.lanes[self._place[TRUTH]]
+        through = result.lanes[self._place[TRUTH_THROUGH]] if self._through else None
         if got.dtype.kind not in "iub" and op.name == "attention_scores":
             got = _without_shift(got.astype(np.float64), local, selected)
         found[name] = StepArrays(got, local, through, selected)
