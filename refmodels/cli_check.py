@@ -1,15 +1,15 @@
 """`refmodels check`: is an accelerator right? A table or one JSON object, a JUnit file, and small examples of what is wrong."""
 
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 from refmodels.accelerator import REFERENCE, find
+from refmodels.junit import TestCase, write_junit
 from refmodels.printing import aligned, print_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def check(
             progress.end()
     seconds = time.monotonic() - begun
     if junit is not None:
-        write_junit(Path(junit), accelerator, report)
+        write_junit(Path(junit), f"refmodels check {accelerator or REFERENCE}", cases_of(report))
     if as_json:
         print_json(_record(accelerator, report, seconds))
     else:
@@ -120,30 +120,14 @@ def _record(accelerator: str, report: Sequence["Checked"], seconds: float) -> di
     }
 
 
-def write_junit(path: Path, accelerator: str, report: Sequence["Checked"]) -> None:
-    """One test case for each op and type. Written beside and renamed: a reader never sees half of it."""
-    suite = ElementTree.Element("testsuite", name=f"refmodels check {accelerator or REFERENCE}")
+def cases_of(report: Sequence["Checked"]) -> Iterator[TestCase]:
+    """One for each op and type."""
     for entry in report:
         failed = {failure.dtype: failure for failure in entry.failures}
         for dtype in entry.dtypes:
-            seconds = f"{entry.seconds / len(entry.dtypes):.3f}"
-            case = ElementTree.SubElement(suite, "testcase", classname=entry.name, name=dtype, time=seconds)
+            case = TestCase(entry.name, dtype, seconds=entry.seconds / len(entry.dtypes))
             if dtype in failed:
-                ElementTree.SubElement(case, "failure", message=_xml(failed[dtype].reason)).text = _xml(str(failed[dtype]))
+                case = replace(case, outcome="failure", message=failed[dtype].reason, text=str(failed[dtype]))
             elif entry.skipped:
-                ElementTree.SubElement(case, "skipped", message=_xml(entry.skipped))
-    cases = suite.findall("testcase")
-    suite.set("tests", str(len(cases)))
-    for outcome, label in (("failure", "failures"), ("skipped", "skipped")):
-        suite.set(label, str(sum(case.find(outcome) is not None for case in cases)))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        ElementTree.ElementTree(suite).write(beside, encoding="utf-8", xml_declaration=True)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _xml(text: str) -> str:
-    """Without the characters that XML cannot hold."""
-    return "".join(c if c in "\t\n" or c >= " " else "?" for c in text)
+                case = replace(case, outcome="skipped", message=entry.skipped)
+            yield case

@@ -61,6 +61,21 @@ def aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> lis
     return [form.format(*row).rstrip() for row in rows]
 
 
+def printable(text: str, most: int = 200) -> str:
+    """A name that a stranger chose, fit to print: control characters escaped, and of what is longer than this the middle left
+    out."""
+    return _shortened("".join(map(_printable_character, _shortened(text, 2 * most))), most)
+
+
+def _printable_character(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _shortened(text: str, most: int) -> str:
+    kept = max(most - 3, 0)
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
+
+
 def byte_size(count: int) -> str:
     """Bytes in the largest unit that leaves at least 1."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):

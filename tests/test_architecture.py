@@ -60,8 +60,8 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "loading", "numerics", "op", "ops",
-        "parameters", "trace", "verification", "weights",
+        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "junit", "loading", "numerics", "op", "ops",
+        "parameters", "printing", "trace", "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
@@ -74,7 +74,8 @@ ARROWS = {
     "machine": set(),
     "bench": {"accelerator", "backbone", "generate", "machine", "parameters"},
     "cli": EVERYTHING,
-    "cli_check": {"accelerator", "conformance", "printing"},
+    "junit": {"files"},
+    "cli_check": {"accelerator", "conformance", "junit", "printing"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},

@@ -6,7 +6,7 @@ between two known values: a single product, a layer, the whole model. Beside tha
 against our own run from the model's inputs. Everything happens in one pass, with one layer's arrays in memory at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -241,6 +241,46 @@ def sketch_step(
     return found[0] if found else None
 
 
+@dataclass(frozen=True)
+class StepArrays:
+    """A step in numbers: theirs, the truth given their inputs of it, the truth given the model's if that was asked for;
+    `judged` says which count."""
+
+    theirs: Array
+    local: Array
+    through: Array | None
+    judged: Array | None
+
+
+def step_arrays(
+    model: Backbone,
+    inputs: Mapping[str, Any],
+    theirs: Mapping[str, Array],
+    names: Collection[str],
+    *,
+    arithmetic: Arithmetic | None = None,
+    substitutes: Mapping[str, Array] | None = None,
+    through: bool = False,
+) -> dict[str, StepArrays]:
+    """These steps in numbers, those that theirs have in the shape of ours: what a picture of an error is drawn from.
+
+    A single one, and not `through`, takes little more than running its own layer."""
+    found: dict[str, StepArrays] = {}
+    run = _Replay(
+        model,
+        theirs,
+        arithmetic or Arithmetic(model.compute_dtype),
+        substitutes=substitutes or {},
+        report=lambda step: None,
+        through=through,
+        only=set(),
+        until=next(iter(names)) if len(names) == 1 and not through else None,
+        show=(set(names), found),
+    )
+    run.model(inputs)
+    return found
+
+
 def step_names(model: Backbone, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every step of a run of this model on these inputs, in order, with its shape."""
     run = _Replay(model, {}, Arithmetic(model.compute_dtype), substitutes={}, through=False, report=lambda step: None)
@@ -304,11 +344,12 @@ class _Replay:
         sketch: bool = False,
         examine: Callable[[Evidence], None] = lambda evidence: None,
         seen: Seen | None = None,
+        show: tuple[set[str], dict[str, StepArrays]] | None = None,
     ) -> None:
         self._adopts, self._sketch, self._examine, self._seen = adopts, sketch, examine, seen
         self._model, self._theirs, self._arithmetic, self._substitutes = model, theirs, arithmetic, substitutes
         self._report, self._only, self._until, self._edit = report, only, until, edit
-        self._through = through
+        self._through, self._show = through, show
         first = [OWN] if sketch else [OWN, TRUTH]
         self._lanes = [*first, *((OWN_THROUGH, TRUTH_THROUGH) if through else ()), *range(FIRST_MOVED, FIRST_MOVED + moved)]
         self._place = {lane: i for i, lane in enumerate(self._lanes)}
@@ -416,6 +457,8 @@ class _Replay:
             self._step(name, op, result, wrong, None, 0.0, got.size)
             return result
         selected = self._selection(op, result.shape)
+        if self._show is not None and name in self._show[0]:
+            self._keep(name, op, got, result, selected, *self._show)
         if self._only is None or name in self._only:
             if self._sketch:
                 self._sketched(op, got.astype(np.float64), result.lanes[0], selected)
@@ -425,6 +468,24 @@ class _Replay:
         if not self._adopts or result.dtype.kind in "iub":
             return result  # masks and buckets steer our steps as they are to be; theirs are judged by themselves
         return self._substituted(name, substitute, result, selected)
+
+    def _keep(
+        self,
+        name: str,
+        op: Op[..., Any],
+        got: Array,
+        result: Value,
+        selected: Array | None,
+        wanted: set[str],
+        found: dict[str, StepArrays],
+    ) -> None:
+        local = result.lanes[self._place[TRUTH]]
+        through = result.lanes[self._place[TRUTH_THROUGH]] if self._through else None
+        if got.dtype.kind not in "iub" and op.name == "attention_scores":
+            got = _without_shift(got.astype(np.float64), local, selected)
+        found[name] = StepArrays(got, local, through, selected)
+        if found.keys() == wanted:
+            raise _Reached
 
     def _substituted(self, name: str, array: Array, result: Value, selected: Array | None) -> Value:
         """Theirs in place of ours, where it counts; elsewhere ours, as theirs may be anything there."""

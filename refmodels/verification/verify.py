@@ -9,6 +9,7 @@ from refmodels.backbone import Backbone
 from refmodels.numerics import Verdict
 from refmodels.op import Array
 from refmodels.verification.candidate import Candidate
+from refmodels.verification.evidence import Evidence, gather
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import Report, Step, replay
 from refmodels.verification.signatures import Finding, diagnose
@@ -27,11 +28,12 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What a case gave: the report of its steps, and the faults that explain the first wrong one."""
+    """What a case gave: the report of its steps, the faults that explain the first wrong one, and what that looks like."""
 
     case: Case
     report: Report
     findings: tuple[Finding, ...] = ()
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def verify(
         findings: list[Finding] = []
         if report.first is not None:
             findings = diagnose(model, case.inputs, theirs, report.first.name, arithmetic=arithmetic, substitutes=substitutes)
-        results.append(CaseResult(case, report, tuple(findings)))
+        evidence = gather(model, case.inputs, theirs, report, arithmetic=arithmetic, substitutes=substitutes)
+        results.append(CaseResult(case, report, tuple(findings), evidence))
     return Verification(candidate.name, model.name, str(arithmetic), tuple(results), facts=candidate.facts())
 
 
