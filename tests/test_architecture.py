@@ -60,7 +60,8 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "arguments", "backbone", "conformance", "files", "numerics", "op", "ops", "parameters", "trace", "verification", "weights",
+        "arguments", "backbone", "conformance", "files", "numerics", "op", "opdoc", "ops", "parameters", "trace",
+        "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
@@ -75,6 +76,7 @@ ARROWS = {
     "cli": EVERYTHING,
     "cli_check": {"accelerator", "conformance", "printing"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
+    "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
     "__init__": {
@@ -85,6 +87,7 @@ ARROWS = {
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
+    "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
