@@ -276,9 +276,12 @@ def save_vectors(path: Path, op: Op[..., Any]) -> None:
         "cases": json.dumps(described, separators=(",", ":"), allow_nan=False),
         "made_by": MADE_BY,
     }
-    tensors = [Tensor(path, name, array.shape, array.dtype, lambda array=array: array) for name, array in pool.tensors.items()]
     with replacing(path) as beside:
-        write_file(beside, tensors, metadata=metadata)
+        write_file(beside, [_stored(path, name, array) for name, array in pool.tensors.items()], metadata=metadata)
+
+
+def _stored(path: Path, name: str, array: Array) -> Tensor:
+    return Tensor(path, name, array.shape, array.dtype, lambda: array)
 
 
 def read_vectors(path: Path) -> tuple[Op[..., Any], list[Vector]]:
