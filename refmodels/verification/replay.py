@@ -403,13 +403,16 @@ class _Replay:
             self._step(name, op, result, wrong, None, 0.0, got.size)
             return
         wide = got.astype(np.float64)
-        if op.name == "attention_scores":  # the softmax does not see what all keys of a query have in common
-            wide = _without_shift(wide, result.lanes[self._place[TRUTH]], selected)
-        typed = narrow(wide, numpy_dtype(self._arithmetic.dtype))
         lane = {lane: _kept(array, selected) for lane, array in zip(self._lanes, result.lanes, strict=True)}
-        typed, wide = _kept(typed, selected), _kept(wide, selected)
+
+        def judged(values: Array) -> tuple[Array, Verdict]:
+            typed, kept = _kept(narrow(values, numpy_dtype(self._arithmetic.dtype)), selected), _kept(values, selected)
+            return typed, self._local(op, name, arguments, typed, kept, lane, result, selected)
+
+        typed, local = judged(wide)
+        if op.name == "attention_scores" and not local.ok:  # the softmax does not see what all keys of a query have in common
+            typed, local = judged(_without_shift(wide, result.lanes[self._place[TRUTH]], selected))
         largest = float(np.abs(lane[TRUTH]).max(initial=0.0))
-        local = self._local(op, name, arguments, typed, wide, lane, result, selected)
         through = None
         if self._through:
             through = compare(

@@ -1,0 +1,1 @@
+"""Ready candidates: one module for each package of others, each with the package's own name."""
