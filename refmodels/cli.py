@@ -272,6 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.add_argument("--junit", metavar="FILE", help="also write FILE in JUnit's form")
 
+    vectors = commands.add_parser("vectors", help="write golden vectors of every op and family", description=_VECTORS)
+    vectors.set_defaults(command=vectors_command)
+    vectors.add_argument("directory", metavar="DIR", help="where the files are, or are to be")
+    vectors.add_argument("--check", action="store_true", help="hold the files of DIR to the reference; writes nothing")
+
     info = commands.add_parser(
         "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
     )
@@ -306,6 +311,10 @@ _OPS = "List the ops. x[*b n]: an array whose last axis has size n; ?: may be le
 _CHECK = (
     "Draw examples of every op and law of models, run them on an accelerator, and hold its results to the reference by the "
     "ops' error models. What is wrong is shown in the smallest example found, with a line to paste that shows it again."
+)
+_VECTORS = (
+    "Write golden vectors, for those who do not run Python: a safetensors file for every op, and traces of a small model of "
+    "each family (spec/vectors/README.md). Exit status of --check: 0 all agree, 1 some do not."
 )
 _CHECKED = "Exit status: 0 right, 1 wrong, 2 cannot be checked here."
 _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
@@ -588,6 +597,13 @@ def check_command(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         **options,
     )
+
+
+def vectors_command(arguments: argparse.Namespace) -> int:
+    """`refmodels vectors`."""
+    from refmodels.cli_vectors import vectors
+
+    return vectors(arguments.directory, check=arguments.check)
 
 
 def compile_command(arguments: argparse.Namespace) -> None:

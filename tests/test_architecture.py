@@ -60,8 +60,8 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "junit", "loading", "numerics", "op", "ops",
-        "parameters", "printing", "trace", "verification", "weights",
+        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "junit", "loading", "numerics", "op",
+        "opdoc", "ops", "parameters", "printing", "trace", "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
@@ -77,6 +77,7 @@ ARROWS = {
     "junit": {"files"},
     "cli_check": {"accelerator", "conformance", "junit", "printing"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
+    "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
     "__init__": {
@@ -87,6 +88,7 @@ ARROWS = {
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
+    "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},

@@ -575,12 +575,8 @@ class _Replay:
     ) -> None:
         if result.dtype.kind in "iub":
             self._examine(Evidence(op, got.astype(np.float64), result.lanes[1], result.lanes[0], selected))
-            local = compare(
-                got.astype(result.dtype), result.lanes[1], exact(), wanted=_kept(result.lanes[0], selected), name=name
-            )
-            if selected is not None:
-                local = compare(_kept(got.astype(result.dtype), selected), result.lanes[1], exact(),
-                                wanted=_kept(result.lanes[0], selected), name=name)  # fmt: skip
+            found, wanted = _kept(got.astype(result.dtype), selected), _kept(result.lanes[0], selected)
+            local = compare(found, wanted, exact(), wanted=wanted, name=name)
             self._step(name, op, result, local, None, 0.0, got.size if selected is None else int(selected.sum()))
             return
         if not np.issubdtype(got.dtype, np.floating) and got.dtype.name != "bfloat16":
@@ -588,14 +584,18 @@ class _Replay:
             self._step(name, op, result, wrong, None, 0.0, got.size)
             return
         wide = got.astype(np.float64)
-        if op.name == "attention_scores":  # the softmax does not see what all keys of a query have in common
-            wide = _without_shift(wide, result.lanes[self._place[TRUTH]], selected)
-        typed = narrow(wide, numpy_dtype(self._arithmetic.dtype))
-        self._examine(Evidence(op, wide, result.lanes[self._place[TRUTH]], result.lanes[self._place[OWN]], selected))
         lane = {lane: _kept(array, selected) for lane, array in zip(self._lanes, result.lanes, strict=True)}
-        typed, wide = _kept(typed, selected), _kept(wide, selected)
+
+        def judged(values: Array) -> tuple[Array, Verdict]:
+            typed, kept = _kept(narrow(values, numpy_dtype(self._arithmetic.dtype)), selected), _kept(values, selected)
+            return typed, self._local(op, name, arguments, typed, kept, lane, result, selected)
+
+        typed, local = judged(wide)
+        if op.name == "attention_scores" and not local.ok:  # the softmax does not see what all keys of a query have in common
+            wide = _without_shift(wide, result.lanes[self._place[TRUTH]], selected)
+            typed, local = judged(wide)
+        self._examine(Evidence(op, wide, result.lanes[self._place[TRUTH]], result.lanes[self._place[OWN]], selected))
         largest = float(np.abs(lane[TRUTH]).max(initial=0.0))
-        local = self._local(op, name, arguments, typed, wide, lane, result, selected)
         through = None
         if self._through:
             through = compare(
