@@ -128,7 +128,7 @@ def _evidence(step: Step, arrays: StepArrays, attention: Slice | None) -> Eviden
         judged=int(judged.sum()),
         where=_where(wrong, judged, _axes(step)),
         worst=tuple(Example(index, float(theirs[index]), float(ours[index])) for index in indices),
-        error=_slice(step, theirs, ours, judged),
+        error=_slice(step, theirs, ours, judged, index=step.local.index),
         attention=attention,
     )
 
@@ -152,11 +152,10 @@ def _distance(theirs: Array, ours: Array, judged: Array) -> Array:
 def _axes(step: Step) -> tuple[str, ...]:
     """What each axis of this step counts."""
     rank, result = len(step.shape), OPS[step.op].result if step.op in OPS else None
-    letters = [dim.lstrip("*#") for dim in result.dims] if isinstance(result, Shape) else []
-    if not isinstance(result, Shape) or result.dims[0].startswith("*"):  # any leading axes
-        last = letters[1 - len(letters or "n") :] if len(letters) > 1 else []
-        lead = rank - len(last)
-        letters = [*"bt"[:lead], *["n"] * (lead - 2), *last]
+    letters = [dim.lstrip("#") for dim in result.dims] if isinstance(result, Shape) else []
+    if len(letters) != rank or letters[0].startswith("*"):  # any leading axes: of activations
+        lead, last = max(rank - 1, 0), letters[-1:] if letters and not letters[-1].startswith("*") else ["n"]
+        letters = [*"bt"[:lead], *["n"] * (lead - 2), *last][-rank:]
     return tuple(AXES.get(letter, "channel") for letter in letters[:rank])
 
 
@@ -185,15 +184,15 @@ def _ranges(name: str, numbers: Sequence[int], most: int = 4) -> str:
     return f"{name}{'s' if len(numbers) > 1 else ''} {said}"
 
 
-def _slice(step: Step, theirs: Array, ours: Array, judged: Array) -> Slice:
-    """The table that holds the worst value: one row of the batch, and one head of pairs of tokens."""
-    axes = _axes(step)
+def _slice(step: Step, theirs: Array, ours: Array, judged: Array, index: Sequence[int] = ()) -> Slice:
+    """The table that holds the value at this index, else the worst: one row of the batch, and one head of pairs of tokens."""
+    axes, found = _axes(step), int(np.ravel_multi_index(tuple(index), theirs.shape)) if index else None
     arrays = [_wide(theirs), _wide(np.broadcast_to(ours, theirs.shape)), np.broadcast_to(judged, theirs.shape)]
     if len(axes) == 4 and axes[-1] == "channel":  # heads side by side
         arrays, axes = [array.reshape(*array.shape[:2], -1) for array in arrays], (*axes[:2], "channel")
     if len(axes) < 2:
         arrays, axes = [array.reshape(1, -1) for array in arrays], ("row", *axes)
-    worst = np.unravel_index(int(_distance(*arrays).argmax()), arrays[0].shape)
+    worst = np.unravel_index(int(_distance(*arrays).argmax()) if found is None else found, arrays[0].shape)
     lead = tuple(int(i) for i in worst[:-2])
     at = ", ".join(f"{name} {i}" for name, i in zip(axes, lead, strict=False) if name)
     start, window = [], []

@@ -165,12 +165,14 @@ def _figure(source: str, shown: Slice, title: str, scale: str, wide: bool = Fals
     spans = [
         f"{axis}s {start} to {start + size - 1} {way}"
         for axis, start, size, way in zip(shown.axes, shown.start, shown.theirs.shape, ("down", "across"), strict=True)
+        if axis
     ]
     ignored = "" if shown.judged.all() else "; grey: does not count"
     words = f"{title}, {shown.at}: {', '.join(spans)}" if shown.at else f"{title}: {', '.join(spans)}"
     return (
         f"<figure><figcaption><b>{_text(title)}</b>{f', {_text(shown.at)}' if shown.at and wide else ''}</figcaption>"
-        f'<img alt="{_text(words)}" src="{source}" width="{columns * cell}" height="{rows * cell}">'
+        f'<img alt="{_text(words)}" src="{source}" width="{columns * cell}" height="{rows * cell}" '
+        f'style="aspect-ratio: {columns} / {rows}">'
         f"<figcaption>{_text(', '.join(spans).capitalize())}. {_text((scale + ignored).capitalize())}.</figcaption></figure>"
     )
 

@@ -18,7 +18,7 @@ from refmodels.op import Array
 MORE, LESS, IGNORED = (234, 88, 12), (59, 130, 246), (128, 128, 128)
 """Orange: wrong, or more than ours; blue: weight, or less than ours; grey: does not count. Told apart without red and green."""
 
-MAX_CELLS = (128, 384)
+MAX_CELLS = (256, 512)
 """Rows and columns of a picture: of more numbers each cell shows the most extreme of a block."""
 
 
