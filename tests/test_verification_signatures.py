@@ -310,6 +310,11 @@ def positions(change):
     return calls("embedding", make, number=2)  # OPT's second is that of the positions
 
 
+def own_first_rows(a):
+    """Two rows that our table has not, then ours."""
+    return np.concatenate([a["embeddings"][:2] * 3, a["embeddings"]])[a["ids"]]
+
+
 def post_norm(model, inputs):
     """x + f(norm(x)) becomes norm(x + f(x)): in BLOOM and T5 written out as their steps."""
     held = []
@@ -638,6 +643,16 @@ plants(
     arrays("position_embedding:", lambda rows: np.concatenate([rows[:, :2] * 3, rows[:, :-2]], 1)),
     levels=("inner",),
 )
+plants(
+    "position-offset-missing",
+    "opt",
+    lambda model, inputs: {
+        name: array
+        for name, array in calls("embedding", own_first_rows, number=2)(model, inputs).items()
+        if name != "position_embedding:embedding"
+    },
+    levels=("inner",),
+)
 plants("position-offset-twice", "opt", positions(lambda ids: ids + 2))
 plants("position-off-by-one", "opt", positions(lambda ids: ids + 1))
 plants(
@@ -755,6 +770,31 @@ def test_a_right_run_has_no_fault(family):
         for name in list(theirs)[-1:] if level != "inner" else list(theirs)[:: len(theirs) // 5]:
             assert diagnose(model, inputs, theirs, name) == []
     assert diagnose(model, inputs, steps, "no:step") == []
+
+
+def noisy(array):
+    return array + (np.random.default_rng(2).standard_normal(array.shape) * 0.01 * np.abs(array).max()).astype(array.dtype)
+
+
+UNKNOWN = {
+    "tanh": calls("relu gelu_approximate", lambda a: np.tanh(a["x"])),
+    "noise": calls("attention_scores", lambda a: noisy(OPS["attention_scores"].reference(**a))),
+    "one head of none": calls(
+        "merge_heads", lambda a: OPS["merge_heads"].reference(a["x"] * np.array([1, 0], np.float32)[:, None])
+    ),
+    "a column": calls(
+        "linear", lambda a: OPS["linear"].reference(**a) * np.arange(1, a["kernel"].shape[1] + 1, dtype=np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("what", UNKNOWN)
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_what_no_fault_explains_has_no_name(family, what, level):
+    model, inputs, ours, theirs = known(family, UNKNOWN[what], level, {}, {})
+    faults = None if level == "inner" or THOROUGH else rivals("", len(what))
+    assert diagnose(model, inputs, theirs, first_difference(ours, theirs), faults=faults) == []
 
 
 # -- what is seen in the arrays ---------------------------------------------------------------------------------------------
