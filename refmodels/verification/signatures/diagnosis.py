@@ -113,10 +113,11 @@ def _finding(fault: Fault, step: str, fits: Sequence[_Fit]) -> Finding:
 
 
 def _ranked(findings: Sequence[tuple[bool, Finding]]) -> list[Finding]:
-    """Those that say what is done wrong before those that say what the arrays are like; then by what they leave."""
+    """Those that say what is done wrong before those that say what the arrays are like; then by what they leave, and where that
+    is the same in the order of `FAULTS`."""
     least = min((finding.left for _, finding in findings), default=0.0)
     rivals = [pair for pair in findings if pair[1].left <= max(ALIKE * least, NEGLIGIBLE)]
-    ordered = sorted(rivals, key=lambda pair: (pair[0], max(pair[1].left, NEGLIGIBLE), pair[1].ratio))
+    ordered = sorted(rivals, key=lambda pair: (pair[0], max(pair[1].left, NEGLIGIBLE)))
     return [finding for _, finding in ordered]
 
 

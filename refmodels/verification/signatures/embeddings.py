@@ -43,13 +43,17 @@ def _rows(shift: int, first: str = "") -> Change:
 
 
 def _shifted_rows(scene: Scene, evidence: Evidence) -> Symptom | None:
-    """Seen at the position rows themselves, where the two rows that only their table has can be left out of account."""
-    if not _is_positions(scene.step) or evidence.theirs.ndim != 3 or evidence.theirs.shape != evidence.truth.shape:
+    """Seen where the rows are looked up or added: the two rows that only their table has can be left out of account there."""
+    theirs, truth = evidence.theirs, evidence.truth
+    if scene.step not in ("position_embedding:embedding", "opt_backbone:add") or scene.inputs.get("position_ids") is not None:
         return None
-    theirs, truth = evidence.theirs[:, 2:], evidence.truth[:, :-2]
-    if truth.size and np.array_equal(theirs.astype(evidence.own.dtype), truth.astype(evidence.own.dtype)):
-        return Symptom("position 2 has the row of position 0")
-    return None
+    if theirs.shape != truth.shape or truth.shape[1] < 4:
+        return None
+    table = scene.model.params["position_embedding"]["embeddings"].astype(np.float64)[: truth.shape[1]]
+    wanted = truth[:, 2:] + table[:-2] - table[2:]
+    selected = True if evidence.selected is None else np.broadcast_to(evidence.selected, truth.shape)[:, 2:]
+    error, size = np.abs(np.where(selected, theirs[:, 2:] - wanted, 0.0)), np.abs(wanted).max()
+    return Symptom("position 2 has the row of position 0") if error.max() <= 4 * scene.arithmetic.u * size else None
 
 
 def _counted(model: Backbone, inputs: Mapping[str, Any]) -> Iterator[Variant]:

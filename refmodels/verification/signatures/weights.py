@@ -184,11 +184,17 @@ def _tf32(array: Array) -> Array:
     return np.ldexp(np.rint(mantissa * 2.0**11) / 2.0**11, exponent).astype(array.dtype)
 
 
+LONGEST_SUM = 1024
+"""Longer sums are not formed term by term."""
+
+
 def _summed_in(dtype: str) -> Change:
     """Products and sums rounded one after the other."""
 
     def change(arguments: dict[str, Any], run: Callable[..., Any]) -> Any:
         x, kernel, bias = wide(arguments["x"]), wide(arguments["kernel"]), arguments.get("bias")
+        if len(kernel) > LONGEST_SUM:
+            raise ValueError(f"sums of {len(kernel)} terms take too long one by one")
         total = np.zeros((*x.shape[:-1], kernel.shape[1]), x.dtype)
         with np.errstate(all="ignore"):
             for k in range(kernel.shape[0]):
