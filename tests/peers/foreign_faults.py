@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 
 LEFT, RIGHT, LONG = "padded on the left", "padded on the right", "long"
+ALL = ("one row", LEFT, RIGHT, LONG)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Right:
     attention: str = "eager"
     products: str = ""
     cached: str = ""  # the cache with which its logits are computed, in chunks
-    cases: tuple[str, ...] = (LEFT, RIGHT, LONG)
+    cases: tuple[str, ...] = (LEFT, LONG)
 
 
 # -- ways to put it in --------------------------------------------------------------------------------------------------------
@@ -332,6 +333,13 @@ FAULTS = [
         )),
     ),
     Fault(
+        "positions one too high", "opt", "position_embedding:embedding", "position-off-by-one",
+        source("OPTLearnedPositionalEmbedding.forward", (
+            "super().forward(position_ids + self.offset)",
+            "nn.functional.embedding(position_ids + self.offset + 1, self.weight)",
+        )),
+    ),
+    Fault(
         "positions without the offset of 2", "opt", "position_embedding:embedding", "position-offset-missing",
         source("OPTLearnedPositionalEmbedding.forward", (
             "super().forward(position_ids + self.offset)", "nn.functional.embedding(position_ids, self.weight)",
@@ -403,6 +411,16 @@ FAULTS = [
     Fault(
         "mask too weak", "opt", f"{OPT}.self_attention:masked_softmax", "mask-additive-weak",
         source("eager_attention_forward", ("attn_weights + attention_mask", "attn_weights + attention_mask.clamp(min=-10.0)")),
+    ),
+    Fault(
+        "mask added in bfloat16", "opt", f"{OPT}.self_attention:attention_scores", "kept-in-half-precision",
+        source("eager_attention_forward", (
+            "attn_weights + attention_mask", "(attn_weights.bfloat16() + attention_mask.bfloat16()).float()",
+        )),
+    ),
+    Fault(
+        "softmax in bfloat16", "opt", f"{OPT}.self_attention:masked_softmax", "softmax-in-half-precision",
+        source("eager_attention_forward", ("dim=-1, dtype=torch.float32", "dim=-1, dtype=torch.bfloat16")),
     ),
     Fault(
         "mask behind the softmax", "opt", f"{OPT}.self_attention:masked_softmax", "mask-after-softmax",
@@ -722,14 +740,14 @@ PRODUCT = "attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling"
 DENSE = f"{L0}.fc1"
 
 RIGHT_ONES = [
-    Right("as it is, OPT", "opt"),
-    Right("as it is, OPT with norms last", "opt_350m"),
-    Right("as it is, BLOOM", "bloom"),
-    Right("as it is, BLOOM with 12 heads", "bloom_12_heads"),
-    Right("as it is, T5", "t5"),
-    Right("as it is, T5 with a gate", "t5_gated"),
-    Right("fused attention, OPT", "opt", attention="sdpa"),
-    Right("fused attention, T5", "t5_gated", attention="sdpa"),
+    Right("as it is", "opt", cases=ALL),
+    Right("as it is, with norms last", "opt_350m", cases=ALL),
+    Right("as it is", "bloom", cases=ALL),
+    Right("as it is, with 12 heads", "bloom_12_heads", cases=ALL),
+    Right("as it is", "t5", cases=ALL),
+    Right("as it is, with a gate", "t5_gated", cases=ALL),
+    Right("fused attention", "opt", attention="sdpa"),
+    Right("fused attention", "t5_gated", attention="sdpa"),
     Right("sums in two parts", "opt", forward(lambda model: model.get_submodule(DENSE), in_two_parts)),
     Right("sums from the other end", "opt", forward(lambda model: model.get_submodule(DENSE), last_term_first)),
     Right("one product for queries, keys and values", "opt", module(fused_product)),
@@ -747,13 +765,13 @@ RIGHT_ONES = [
     ),
     Right("ALiBi from the query", "bloom_12_heads", relative_alibi),
     Right("TF32, declared", "opt", tf32, products="tf32"),
-    Right("TF32 in T5, declared", "t5", tf32, products="tf32"),
-    Right("bfloat16, OPT", "opt", dtype="bfloat16"),
-    Right("bfloat16, BLOOM at lengths that it can count", "bloom", dtype="bfloat16", cases=(LEFT, RIGHT)),
-    Right("bfloat16, T5", "t5_gated", dtype="bfloat16"),
+    Right("TF32, declared", "t5", tf32, products="tf32"),
+    Right("bfloat16", "opt", dtype="bfloat16"),
+    Right("bfloat16, as far as its ALiBi can count", "bloom", dtype="bfloat16", cases=(LEFT, RIGHT)),
+    Right("bfloat16", "t5_gated", dtype="bfloat16"),
     Right("bfloat16, logits in float32", "opt", forward(lambda model: model.lm_head, wide_head), dtype="bfloat16"),
-    Right("float16, OPT", "opt_350m", dtype="float16"),
-    Right("float16, T5", "t5", dtype="float16"),
+    Right("float16", "opt_350m", dtype="float16"),
+    Right("float16", "t5", dtype="float16"),
     Right("float64, fused attention", "opt", dtype="float64", attention="sdpa"),
     Right(
         "float64, softmax in float64", "opt", source("eager_attention_forward", ("dtype=torch.float32", "dtype=query.dtype")),
@@ -763,9 +781,9 @@ RIGHT_ONES = [
         "float64, norm in float64", "t5", source("T5LayerNorm.forward", ("hidden_states.to(torch.float32)", "hidden_states")),
         dtype="float64",
     ),
-    Right("dynamic cache, OPT", "opt", cached="dynamic"),
-    Right("static cache, OPT", "opt", cached="static"),
-    Right("static cache, BLOOM", "bloom", cached="static"),
-    Right("dynamic cache, T5", "t5_gated", cached="dynamic"),
-    Right("static cache, T5", "t5_gated", cached="static"),
+    Right("dynamic cache", "opt", cached="dynamic"),
+    Right("static cache", "opt", cached="static"),
+    Right("static cache", "bloom", cached="static"),
+    Right("dynamic cache", "t5_gated", cached="dynamic"),
+    Right("static cache", "t5_gated", cached="static"),
 ]  # fmt: skip

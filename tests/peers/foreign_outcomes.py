@@ -39,17 +39,6 @@ class OfCache(Candidate):
         return {f"{self.inner.family}_logits": self.inner.chunked(inputs, [length - 4, 2, 1, 1])}
 
 
-class Only(Candidate):
-    """Another candidate, of whose steps only some are known."""
-
-    def __init__(self, inner, wanted):
-        self.inner, self.wanted = inner, wanted
-        self.name, self.dtype, self.products, self.injects = inner.name, inner.dtype, inner.products, inner.injects
-
-    def run(self, inputs, inject=None):
-        return {name: array for name, array in self.inner.run(inputs, inject).items() if self.wanted(name)}
-
-
 @functools.cache
 def pair(variant, dtype="float32", attention="eager", prepare=None):
     """A model of theirs and ours of it, neither to be changed."""
@@ -63,7 +52,7 @@ def chosen(ours, names):
     return [case for case in cases(ours) if case.name in names]
 
 
-def verified(fault, wanted=None):
+def verified(fault, only=lambda name: True):
     """The verification of a model with this fault."""
     import torch
 
@@ -71,12 +60,8 @@ def verified(fault, wanted=None):
     model = copied(theirs)
     torch.manual_seed(0)  # for dropout
     with fault.patch(model):
-        candidate = TransformersCandidate(model)
-        if fault.cached:
-            candidate = OfCache(candidate)
-        if wanted is not None:
-            candidate = Only(candidate, wanted)
-        return verify(candidate, ours, chosen(ours, fault.cases))
+        candidate = TransformersCandidate(model, only=only)
+        return verify(OfCache(candidate) if fault.cached else candidate, ours, chosen(ours, fault.cases))
 
 
 @functools.cache

@@ -55,12 +55,22 @@ class TransformersCandidate(Candidate):
     """A model of Transformers under test: `OPTForCausalLM`, `BloomForCausalLM` or `T5ForConditionalGeneration`.
 
     `products` is what a candidate declares of its matrix products; `cache`, dynamic or static, is what `chunked` keeps keys and
-    values in. OPT's positions: KerasHub's and ours count the padding on the left of a row too, Transformers' do not (OPT-C1).
-    The inputs decide: they may have `position_ids`, and where the model's own rule gives other positions than the inputs mean,
-    it is told theirs.
+    values in; `only` says which steps to keep, as those of a large model take much memory.
+
+    OPT's positions: KerasHub's and ours count the padding on the left of a row too, Transformers' do not (OPT-C1). The inputs
+    decide: they may have `position_ids`, and where the model's own rule gives other positions than the inputs mean, it is told
+    theirs.
     """
 
-    def __init__(self, model: Any, *, name: str = "", products: str = "", cache: str = "dynamic") -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str = "",
+        products: str = "",
+        cache: str = "dynamic",
+        only: Callable[[str], bool] = lambda name: True,
+    ) -> None:
         kind = next((base.__name__ for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
         if kind is None:
             raise CandidateError(f"a {type(model).__name__} is no candidate: wanted one of {', '.join(FAMILIES)}")
@@ -68,6 +78,7 @@ class TransformersCandidate(Candidate):
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
         self.model, self.family, self.products, self.cache = model, FAMILIES[kind], products, cache
         self.name = name or f"{kind} of Transformers"
+        self.only = only
         self.dtype = _type_name(model)
         self.layers = dict(_layers(model, self.family))
         self.injects = frozenset(self.layers.values())
@@ -75,7 +86,7 @@ class TransformersCandidate(Candidate):
     def run(self, inputs: Mapping[str, Array], inject: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         import torch
 
-        found = _Steps(inputs, self.family, self.model)
+        found = _Steps(inputs, self.family, self.model, self.only)
         with _failing(self.name), torch.no_grad(), found.recording(), self._injecting(inject or {}, inputs):
             output = self.model(**self._arguments(inputs), use_cache=False)
             found.add(f"{self.family}_logits", _array(output.logits))
@@ -406,8 +417,9 @@ def _t5_attention(layer: Any, attention: Any, at: str, name: str, added: str) ->
 class _Steps:
     """The steps of one run, in our layout."""
 
-    def __init__(self, inputs: Mapping[str, Array], family: str, model: Any) -> None:
+    def __init__(self, inputs: Mapping[str, Array], family: str, model: Any, only: Callable[[str], bool]) -> None:
         self.steps: dict[str, Array] = {}
+        self._only = only
         self._inputs, self._family, self._model = inputs, family, model
         ids = inputs["encoder_token_ids" if family == "t5" else "token_ids"]
         self._batch = len(np.asarray(ids))
@@ -415,7 +427,13 @@ class _Steps:
 
     def add(self, name: str, array: Array) -> None:
         """One step: rows of a batch that lie one after the other are set apart again."""
-        self.steps[name] = array.reshape(self._batch, -1, array.shape[-1]) if array.ndim == 2 else array
+        if self._only(name):
+            self.steps[name] = array.reshape(self._batch, -1, array.shape[-1]) if array.ndim == 2 else array
+
+    def add_first(self, name: str, array: Array) -> None:
+        """One step that every layer shows: as the first does."""
+        if name not in self.steps:
+            self.add(name, array)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -434,13 +452,13 @@ class _Steps:
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
             calls += 1
-            if calls == tap.turn and tap.given:
+            if calls == tap.turn and any(map(self._only, tap.given)):
                 value = _array(_given(args, kwargs))
                 for name in tap.given:
                     self.add(name, value)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if calls == tap.turn and tap.made:
+            if calls == tap.turn and any(map(self._only, tap.made)):
                 value = _array(_first(output))
                 for name in tap.made:
                     self.add(name, self._shared_rows(value) if name == "position_embedding:embedding" else value)
@@ -511,15 +529,15 @@ class _Steps:
         permitted = array if array.dtype == bool else array.astype(np.float64) == 0
         permitted = np.broadcast_to(permitted, (self._batch, *permitted.shape[1:]))
         if self._family != "t5":
-            self.steps.setdefault(f"{self._family}_backbone:causal_mask", permitted)
+            self.add_first(f"{self._family}_backbone:causal_mask", permitted)
         elif attention.place.startswith("decoder") and attention.place.endswith("self_attention"):
-            self.steps.setdefault("t5_decoder:causal_mask", permitted)
+            self.add_first("t5_decoder:causal_mask", permitted)
         else:  # ours is the same for every query
             stack = attention.place.partition(".")[0]
             queries = np.asarray(self._inputs.get(f"{stack}_padding_mask", np.ones(permitted.shape[::2])), bool)
             if permitted.shape[2] > 1:
                 permitted = np.asarray((permitted | ~queries[:, None, :, None]).all(2, keepdims=True))
-            self.steps.setdefault(f"t5_{stack}:key_mask", permitted)
+            self.add_first(f"t5_{stack}:key_mask", permitted)
 
 
 class _Inner:
@@ -539,9 +557,11 @@ class _Inner:
             self._split(*(self._heads(operand) for operand in args[:3]))
             self._add("attention_context", self._heads(result).transpose(0, 2, 1, 3))
         elif name in PRODUCTS or name == "einsum":
+            operands = [value for value in (*args, *kwargs.values()) if hasattr(value, "detach")]
+            if any(operand.ndim < 3 for operand in operands[-2:]):
+                return  # a dense layer, written out
             self.calls += 1
             if name != "einsum":
-                operands = [value for value in (*args, *kwargs.values()) if hasattr(value, "detach")]
                 self._product([self._heads(operand) for operand in operands], self._heads(result))
 
     def _product(self, operands: list[Array], result: Array) -> None:
@@ -589,9 +609,9 @@ class _Inner:
         """A hook: T5's table of biases, looked up by buckets (t, s)."""
         stack = self._attention.place.partition(".")[0]
         buckets = _array(args[0]).reshape(1, *args[0].shape[-2:])
-        self._steps.steps.setdefault(f"t5_{stack}:relative_position_buckets", buckets)
+        self._steps.add_first(f"t5_{stack}:relative_position_buckets", buckets)
         name = f"{self._attention.place}.relative_attention_bias:relative_position_bias"
-        self._steps.steps[name] = np.moveaxis(_array(output).reshape(1, *output.shape[-3:]), -1, 1)
+        self._steps.add(name, np.moveaxis(_array(output).reshape(1, *output.shape[-3:]), -1, 1))
 
     def _alibi(self, bias: Array) -> None:
         """Their bias (b, h, 1, s) counts from the start of the row, ours from the query: BLOOM-C2. The softmax sees no
@@ -605,8 +625,7 @@ class _Inner:
         relative = wide - own[..., None]  # (b, h, t, s)
         row = (real[:, :, None] & real[:, None, :]).argmax(0)
         chosen = relative[row, :, np.arange(length)[:, None], np.arange(length)[None, :]]
-        name = "bloom_backbone:alibi_bias"
-        self._steps.steps[name] = np.moveaxis(chosen, -1, 0)[None]
+        self._steps.add("bloom_backbone:alibi_bias", np.moveaxis(chosen, -1, 0)[None])
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
