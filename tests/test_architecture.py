@@ -60,7 +60,7 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "arguments", "backbone", "conformance", "files", "numerics", "op", "ops", "parameters", "trace", "verification", "weights",
+        "accelerator", "backbone", "conformance", "files", "numerics", "op", "ops", "trace", "verification",
     },
     # It draws small models of all families, with quantised weights and adapters.
     "conformance": {
@@ -74,6 +74,7 @@ ARROWS = {
     "bench": {"accelerator", "backbone", "generate", "machine", "parameters"},
     "cli": EVERYTHING,
     "cli_check": {"accelerator", "conformance", "printing"},
+    "cli_verify": {"__init__", "accelerator", "backbone", "op", "printing", "verification"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
@@ -86,6 +87,8 @@ LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
     "task": {"loading", "saving"},
+    "cli_verify": {"conformance", "files", "numerics", "preprocessors", "trace"},
+    "verification": {"opdoc"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
 }  # inside functions
