@@ -38,7 +38,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
             model = loaded(arguments.like, arguments.dtype)
             form = form_of(arguments, model, stack)
             if arguments.propose is not None:
-                text = proposal(form, model, tried_cases(arguments, model, form)[0])
+                text = proposal(form, model, arguments)
             else:
                 rebuild = partial(form_of, arguments, stack=stack) if form.takes_checkpoint else None
                 verification = outcome(form, model, tried_cases(arguments, model, form), arguments, rebuild)
@@ -169,11 +169,15 @@ def shown(verification: Verification, arguments: argparse.Namespace) -> int:
     return status
 
 
-def proposal(form: "Form", model: Backbone, case: Case) -> str:
-    """The text of a mapping file for what the candidate gives on a case."""
-    from refmodels.verification.propose import proposed
+def proposal(form: "Form", model: Backbone, arguments: argparse.Namespace) -> str:
+    """The text of a mapping file for what the candidate gives: on inputs that tell most, unless others are asked for."""
+    from refmodels.verification.forms import DumpsForm
+    from refmodels.verification.propose import proposed, telling_inputs
 
-    return proposed(form.raw(case.inputs), model, case.inputs, form.name)
+    chosen = arguments.case or arguments.inputs is not None or isinstance(form, DumpsForm)
+    inputs = tried_cases(arguments, model, form)[0].inputs if chosen else telling_inputs(model, arguments.seed)
+    inputs = model.checked(inputs)
+    return proposed(form.raw(inputs), model, inputs, form.name)
 
 
 def checkpoint_writer(model: Backbone, stack: ExitStack) -> Callable[[], Path]:

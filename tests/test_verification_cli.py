@@ -363,7 +363,7 @@ def test_dumps(run, tmp_path):
 def test_a_mapping_is_proposed_and_then_given(run, tmp_path):
     path = tmp_path / "mapping.toml"
     assert verified(run, "renamed", "--case", "one row")[0] == AGREES  # by the names that happen to be ours: opt_logits
-    status, out, _ = verified(run, "renamed", "--propose", path, "--case", "one row")
+    status, out, _ = verified(run, "renamed", "--propose", path)
     assert (status, out) == (AGREES, f"{path}: read it, correct it, then give it as --mapping\n")
     text = path.read_text()
     assert '"block_{i}.feedforward_layer_norm/layer_norm" = "layers.{i}.feedforward_layer_norm:layer_norm"' in text

@@ -29,7 +29,7 @@ from refmodels.verification.forms import (
     sole_output,
 )
 from refmodels.verification.mapping import MappingError, NameMap, fused_part
-from refmodels.verification.propose import proposed
+from refmodels.verification.propose import proposed, telling_inputs
 from refmodels.verification.replay import replay
 from refmodels.verification.single_op import check_function, op_named
 from refmodels.verification.verify import Case, verify
@@ -677,6 +677,19 @@ def test_a_proposal_finds_what_was_disguised(family):
         assert f'{{ step = "layers.{{i}}.self_attention.query:linear", part = "query", layout = "{layout}"' in text
         assert '"h.{i}.qkv" = [' in text
     assert any("{i}" in line and "axes = [0, 2, 1, 3]" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_that_tell(family):
+    """No size is that of anything else, so that an array has one shape alone."""
+    model = small(family)
+    checked = model.checked(telling_inputs(model))
+    sizes = [size for name in model.inputs for size in checked[name].shape]
+    assert not {1, 3, 4, 12, 20, 17} & set(sizes)
+    assert len(set(sizes)) == len(sizes) - (family == "t5")  # its two sides have the same rows
+    assert all(checked[mask].all() for mask, *_ in model.inputs.values())
+    short = small("opt", max_sequence_length=4)
+    assert short.checked(telling_inputs(short))["token_ids"].shape == (2, 4)
 
 
 def test_a_proposal_does_not_decide_what_cannot_be_told():

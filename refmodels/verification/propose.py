@@ -53,6 +53,19 @@ class Guess:
         return "{ " + ", ".join(f"{key} = {_toml(value)}" for key, value in pairs) + " }"
 
 
+def telling_inputs(model: Backbone, seed: int = 0) -> dict[str, Array]:
+    """Inputs without padding whose sizes are those of nothing else in the model."""
+    generator, config = np.random.default_rng(seed), model.config
+    taken = {1, config.num_heads, config.head_dim, config.hidden_dim, config.intermediate_dim, config.vocabulary_size}
+    longest = getattr(config, "max_sequence_length", None) or 97
+    sizes = [size for size in (3, 2, 5, 7, 11, 13, 17, 19, 23) if size not in taken]
+    rows, *lengths = sizes[0], *(size for size in sizes[1:] if 5 <= size <= longest)
+    return {
+        token: generator.integers(3, config.vocabulary_size, (rows, length))
+        for token, length in zip(model.inputs, lengths or [longest] * 2, strict=False)
+    }
+
+
 def own_run(model: Backbone, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Every step of our own run, with its head."""
     with trace(model) as steps:
