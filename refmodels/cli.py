@@ -1,4 +1,4 @@
-"""The command line: `refmodels generate`, `score`, `presets`, `info`, `convert`, `bench`, `check`, `compile` and the rest.
+"""The command line: `refmodels generate`, `score`, `verify`, `trace`, `presets`, `info`, `convert`, `bench` and the rest.
 
 Results go to standard output, everything else to standard error. An error is one line and an exit status: 2 for what was asked,
 1 for what went wrong on the way. With REFMODELS_DEBUG=1 in the environment it is a traceback. What a command needs beyond
@@ -75,8 +75,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _status(error: Exception) -> int:
     from refmodels.accelerator import AcceleratorError
+    from refmodels.verification.candidate import CandidateError
 
-    asked = (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, AcceleratorError)
+    asked = (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, AcceleratorError, CandidateError)
     return USAGE if isinstance(error, asked) else ERROR
 
 
@@ -86,6 +87,7 @@ def _one_line(error: BaseException) -> str:
         return f"not enough memory{f': {text}' if text else ''}"
     expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ in (
         "AcceleratorError",
+        "CandidateError",
         "CompileError",
     )
     return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -276,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     vectors.set_defaults(command=vectors_command)
     vectors.add_argument("directory", metavar="DIR", help="where the files are, or are to be")
     vectors.add_argument("--check", action="store_true", help="hold the files of DIR to the reference; writes nothing")
+    _add_verify(commands)
 
     info = commands.add_parser(
         "info", help="describe a preset", description="Describe a preset: arguments, parameters, memory. Reads no weights."
@@ -285,6 +288,65 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--dtype", metavar="POLICY", help="as if the model were built with this policy")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify", help="hold somebody's own model to the reference", description=_VERIFY, epilog=_VERIFIED
+    )
+    verify.set_defaults(command=verify_command)
+    group = verify.add_argument_group("what is verified: one of these")
+    group.add_argument(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        help="mypkg.model:build, which gives a function or an object (spec/verification.md)",
+    )
+    group.add_argument("--exec", metavar="CMD", help="a command that is given an input and an output file (spec/traces.md)")
+    group.add_argument("--dumps", metavar="DIR", help="arrays of one run: safetensors, npy and npz files, or one such file")
+    group = verify.add_argument_group("beside what")
+    group.add_argument("--like", metavar="PRESET", required=True, help="a preset with the same weights, as for generate")
+    group.add_argument("--dtype", metavar="POLICY", help="what it computes in, as for generate (default: as the preset says)")
+    group.add_argument("--products", choices=("tf32", "bfloat16"), help="it rounds the inputs of its float32 products so")
+    group = verify.add_argument_group("on which inputs")
+    group.add_argument("--case", action="append", default=[], metavar="NAME", help="this case alone; may come again")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="other tokens than those of seed 0")
+    group.add_argument("--inputs", metavar="FILE", help='these instead: safetensors, npz, or JSON: {"token_ids": [[2, 5]]}')
+    group = verify.add_argument_group("how it is run")
+    group.add_argument("--mapping", metavar="FILE", help="what its arrays are called and how they are laid out (TOML)")
+    group.add_argument("--propose", metavar="FILE", help="write a mapping to be read and corrected, and judge nothing")
+    group.add_argument(
+        "--inject", action="append", default=[], metavar="STEPS", help="CMD goes on with our values there: 'layers.*:add'"
+    )
+    group.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for one run of CMD (default: 600)")
+    group.add_argument("--no-laws", dest="laws", action="store_false", help="leave out what needs no reference")
+    group = verify.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--junit", metavar="FILE", help="also write FILE in JUnit's form")
+    group.add_argument("--html", metavar="FILE", help="also write one self-contained page")
+    group.add_argument("--baseline", metavar="FILE", help="fail only for what is worse than in this output of --json")
+    group.add_argument("--reproduce", metavar="DIR", help="write the smallest case that is wrong as a script and its arrays")
+
+    one = commands.add_parser("verify-op", help="hold one function to an op", description=_VERIFY_OP, epilog=_VERIFIED_OP)
+    one.set_defaults(command=verify_op_command)
+    one.add_argument("op", metavar="OP", help="a name that `refmodels ops` lists")
+    one.add_argument("function", metavar="FUNCTION", help="mypkg:my_attention, with the op's arguments")
+    one.add_argument("--dtype", action="append", default=[], metavar="TYPE", help="default: float32; may come again")
+    one.add_argument("--examples", type=_positive, metavar="N", help="examples in each type")
+    one.add_argument("--seed", type=_seed, default=0, metavar="N", help="other examples than those of seed 0")
+    one.add_argument("--example", metavar="CODE", help="one example alone: the line to paste of a failure has it")
+    one.add_argument("--json", action="store_true", help="print one JSON object")
+
+    trace = commands.add_parser("trace", help="write the arrays that a run makes on its way", description=_TRACE)
+    trace.set_defaults(command=trace_command)
+    trace.add_argument("preset", metavar="PRESET", help="a name that `refmodels presets` lists, a directory or a handle")
+    trace.add_argument("-o", "--output", metavar="FILE", required=True, help="the safetensors file to write")
+    trace.add_argument("--text", metavar="TEXT", help="the input")
+    trace.add_argument("--target", metavar="TEXT", help="T5's answer so far")
+    trace.add_argument("--inputs", metavar="FILE", help="the input as ids, as for verify")
+    trace.add_argument("--only", action="append", default=[], metavar="STEPS", help="these alone: 'layers.0.*'; may come again")
+    trace.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the ids, without --text and --inputs")
+    trace.add_argument("--dtype", metavar="POLICY", help="as for generate")
 
 
 def _add_accelerator(parser: Any, *, threads: bool = True) -> None:
@@ -317,6 +379,16 @@ _VECTORS = (
     "each family (spec/vectors/README.md). Exit status of --check: 0 all agree, 1 some do not."
 )
 _CHECKED = "Exit status: 0 right, 1 wrong, 2 cannot be checked here."
+_VERIFY = (
+    "Run somebody's own T5, OPT or BLOOM beside the reference, and judge every step that it gives by itself: the first step "
+    "that is wrong, how wrong against what its type allows, and what the fault is called."
+)
+_VERIFIED = "Exit status: 0 agrees, 1 diverges, 2 cannot run, 3 inconclusive (each step is right, and what adds up is not)."
+_VERIFY_OP = (
+    "Hold one function, such as somebody's own attention, to an op by the op's error model, on examples drawn from its shapes."
+)
+_VERIFIED_OP = "Exit status: 0 right, 1 wrong, 2 cannot be run."
+_TRACE = "Run a preset on the reference and write every step as one safetensors file (spec/traces.md)."
 _EXAMPLE = 'example: refmodels generate t5_tiny_numbers "spell: 4207"'
 
 
@@ -604,6 +676,27 @@ def vectors_command(arguments: argparse.Namespace) -> int:
     from refmodels.cli_vectors import vectors
 
     return vectors(arguments.directory, check=arguments.check)
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """`refmodels verify`."""
+    from refmodels import cli_verify
+
+    return cli_verify.verify_command(arguments)
+
+
+def verify_op_command(arguments: argparse.Namespace) -> int:
+    """`refmodels verify-op`."""
+    from refmodels import cli_verify
+
+    return cli_verify.verify_op_command(arguments)
+
+
+def trace_command(arguments: argparse.Namespace) -> None:
+    """`refmodels trace`."""
+    from refmodels import cli_verify
+
+    cli_verify.trace_command(arguments)
 
 
 def compile_command(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ steps, and the names are those of the parameter tree. The file is described in `
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,19 @@ import numpy as np
 
 from refmodels.files import CheckpointError, replacing
 from refmodels.op import Array, Op, Params, watching
+from refmodels.weights.npy import open_npy, open_npz
 from refmodels.weights.safetensors import open_tensors, read_metadata, write_file
 from refmodels.weights.tensor import Tensor
 
 FORMAT = "refmodels.trace"
 VERSION = 1
+ENDINGS = (".safetensors", ".npy", ".npz")
+
+MAX_STEP_BYTES = 4 * 2**30
+"""A step in a file above this is refused unread: the scores of 8 rows of 2048 tokens and 32 heads have that many."""
+
+MAX_FILES = 20_000
+"""Files of a directory that are read as one trace."""
 
 QUIET = frozenset({"dropout", "token_positions", "cache_append", "cache_allocate", "key_value_cache"})
 """Ops whose calls are no steps of their own: nothing happens in them that somebody could get wrong here."""
@@ -139,17 +147,17 @@ class StoredTrace(Mapping[str, Array]):
     """A trace in a file: an array is read when it is asked for. Made by `open_trace`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], order: list[str], facts: dict[str, str]) -> None:
-        self._tensors, self._order, self.facts = tensors, order, facts
+        self._tensors, self._order, self.facts = tensors, dict.fromkeys(order), facts
 
     @property
     def inputs(self) -> dict[str, Array]:
         """The inputs of the run, where the file has them."""
-        return {name[3:]: tensor.read() for name, tensor in self._tensors.items() if name.startswith("in.")}
+        return {name[3:]: _read(tensor) for name, tensor in self._tensors.items() if name.startswith("in.")}
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._order:
             raise KeyError(f"the trace has no step {name!r}")
-        return self._tensors[name].read()
+        return _read(self._tensors[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._order
@@ -165,27 +173,35 @@ class StoredTrace(Mapping[str, Array]):
         return self._tensors[name].shape
 
 
+def _read(tensor: Tensor) -> Array:
+    if tensor.nbytes > MAX_STEP_BYTES:
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name[:300]!r} has {tensor.nbytes} bytes, wanted at most {MAX_STEP_BYTES}"
+        )
+    return tensor.read()
+
+
 @contextmanager
 def open_trace(path: str | Path) -> Iterator[StoredTrace]:
-    """The trace in this file, or of every safetensors file in this directory, to be read inside the block.
+    """The trace in this file, or of every safetensors, npy and npz file in this directory, to be read inside the block.
 
-    Any safetensors file will do: without the metadata that `save` writes, the order is that of the names. ValueError for a file
-    that is none or that is damaged, FileNotFoundError if it is not there.
+    Any such file will do: without the metadata that `save` writes, the order is that of the names. ValueError for a file that
+    is none or that is damaged, FileNotFoundError if it is not there.
     """
     path = Path(path)
-    names = sorted(file.name for file in path.glob("*.safetensors")) if path.is_dir() else [path.name]
+    directory, names = path.parent, [path.name]
+    if path.is_dir():
+        directory, names = path, sorted(file.name for file in path.iterdir() if file.suffix in ENDINGS)
     if not names:
-        raise FileNotFoundError(f"{path}: no file *.safetensors in this directory")
-    directory = path if path.is_dir() else path.parent
-    from contextlib import ExitStack
-
+        raise FileNotFoundError(f"{path}: no file {', '.join(f'*{ending}' for ending in ENDINGS)} in this directory")
+    if len(names) > MAX_FILES:
+        raise CheckpointError(f"{path}: {len(names)} files, wanted at most {MAX_FILES}")
     with ExitStack() as stack:
         tensors: dict[str, Tensor] = {}
         order: list[str] = []
         facts: dict[str, str] = {}
         for name in names:
-            found = stack.enter_context(open_tensors(directory, name))
-            metadata = read_metadata(directory, name)
+            found, metadata = _opened(stack, directory, name)
             doubled = next((tensor for tensor in found if tensor in tensors), None)
             if doubled is not None:
                 raise CheckpointError(f"{directory / name}: step {doubled[:300]!r} is in another file too")
@@ -193,6 +209,14 @@ def open_trace(path: str | Path) -> Iterator[StoredTrace]:
             order += _order(directory / name, metadata, found)
             facts |= {key: value for key, value in metadata.items() if key not in ("format", "version", "order")}
         yield StoredTrace(tensors, order, facts)
+
+
+def _opened(stack: ExitStack, directory: Path, name: str) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    if name.endswith(".npy"):
+        return open_npy(stack, directory, name), {}
+    if name.endswith(".npz"):
+        return open_npz(stack, directory, name), {}
+    return stack.enter_context(open_tensors(directory, name)), read_metadata(directory, name)
 
 
 def _order(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -76,6 +76,7 @@ ARROWS = {
     "cli": EVERYTHING,
     "junit": {"files"},
     "cli_check": {"accelerator", "conformance", "junit", "printing"},
+    "cli_verify": {"__init__", "accelerator", "backbone", "op", "printing", "verification"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
     "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
@@ -90,6 +91,8 @@ LATE = {
     "bench": {"loading"},
     "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
+    "cli_verify": {"conformance", "files", "numerics", "preprocessors", "trace"},
+    "verification": {"opdoc"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
 }  # inside functions

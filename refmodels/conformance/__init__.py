@@ -7,7 +7,18 @@
 `spec/conformance.md`. `cases` is a strategy for Hypothesis, which nothing else here needs.
 """
 
-from refmodels.conformance.check import EXAMPLES, Checked, Failure, cases, check_accelerator, check_op, reproduce
+from refmodels.conformance.check import EXAMPLES, Checked, Failure, cases, check_accelerator, check_op, reproduce, searched
 from refmodels.conformance.examine import Wrong, examine
 
-__all__ = ["EXAMPLES", "Checked", "Failure", "Wrong", "cases", "check_accelerator", "check_op", "examine", "reproduce"]
+__all__ = [
+    "EXAMPLES",
+    "Checked",
+    "Failure",
+    "Wrong",
+    "cases",
+    "check_accelerator",
+    "check_op",
+    "examine",
+    "reproduce",
+    "searched",
+]

@@ -233,19 +233,36 @@ def check_op(
     """
     accelerator = Accelerator("this kernel", dtypes=(dtype,), tiles=tiles, invariant=invariant)
     accelerator.kernel(op, when=when)(kernel)
-    make = _maker(op)
+    line = f"check_op({op.name}, kernel, {dtype!r}, example={{code!r}})"
+    checked = searched(op, accelerator, dtype, examples=examples, seed=seed, example=example, shrink=shrink, line=line)
+    if checked.failures:
+        raise AssertionError(str(checked.failures[0]))
+    if not checked.taken:
+        reasons = "; ".join(checked.refused)
+        raise AssertionError(f"{op.name}: the kernel took none of {checked.examples} calls{f': {reasons}' if reasons else ''}")
+    return checked
+
+
+def searched(
+    op: Op[..., Any],
+    accelerator: Accelerator,
+    dtype: str,
+    *,
+    examples: int = EXAMPLES,
+    seed: int = 0,
+    example: str | None = None,
+    shrink: bool = True,
+    line: str = "",
+) -> Checked:
+    """What `check_op` finds out, of an accelerator that has one kernel. `line` is to be pasted to see a failure again."""
     checked = Checked(op.name, OWN, [dtype])
-    search = Search(op.name, make, accelerator, dtype, shrink=shrink, checked=checked)
+    search = Search(op.name, _maker(op), accelerator, dtype, shrink=shrink, checked=checked)
     if example is not None:
         search.replay(example)
     else:
         search.run(examples, seed)
     if search.best is not None:
-        checked.failures.append(_failure(search, f"check_op({op.name}, kernel, {dtype!r}, example={{code!r}})"))
-        raise AssertionError(str(checked.failures[0]))
-    if not checked.taken:
-        reasons = "; ".join(checked.refused)
-        raise AssertionError(f"{op.name}: the kernel took none of {checked.examples} calls{f': {reasons}' if reasons else ''}")
+        checked.failures.append(_failure(search, line))
     return checked
 
 
