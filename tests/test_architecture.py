@@ -103,6 +103,11 @@ OTHERS = {
     "huggingface_hub": {"hub"},
     "kagglehub": {"hub"},
     "hypothesis": {"conformance.check"},
+    "keras": {"verification.adaptors.keras_hub"},
+    "keras_hub": {"verification.adaptors.keras_hub"},
+    "ctranslate2": {"verification.adaptors.ctranslate2"},
+    "onnx": {"verification.adaptors.onnxruntime"},
+    "onnxruntime": {"verification.adaptors.onnxruntime"},
 }
 
 
