@@ -109,6 +109,11 @@ OTHERS = {
     "hypothesis": {"conformance.check"},
     "torch": {"verification.adaptors.transformers"},
     "transformers": {"verification.adaptors.transformers"},
+    "keras": {"verification.adaptors.keras_hub"},
+    "keras_hub": {"verification.adaptors.keras_hub"},
+    "ctranslate2": {"verification.adaptors.ctranslate2"},
+    "onnx": {"verification.adaptors.onnxruntime"},
+    "onnxruntime": {"verification.adaptors.onnxruntime"},
 }
 
 

@@ -3,7 +3,8 @@
 One file for each subject (`test_peer_saving.py`, `test_peer_tokenizers.py`, ...; the names begin with `test_peer_`, as no two
 test files may have one name). Each test runs in whatever environment it is started in: with the extra `peers` (new KerasHub,
 Transformers, PEFT) or with `peers-old` (KerasHub 0.17), which cannot be installed together. It takes the packages it needs as
-fixtures: `keras_hub` (of either version), `keras_hub_new`, `transformers`, `peft`. A package that is not there skips the test.
+fixtures: `keras_hub` (of either version), `keras_hub_new`, `transformers`, `peft`, `ctranslate2`, `onnxruntime`. A package that
+is not there skips the test.
 With REFMODELS_PEERS=1 in the environment that is a failure, unless the version of KerasHub that is installed rules it out.
 
     pip install -e '.[test,peers]' && REFMODELS_PEERS=1 pytest tests/peers
@@ -69,6 +70,20 @@ def transformers():
 def peft():
     package("torch", with_old=False)
     return package("peft", with_old=False)
+
+
+@pytest.fixture(scope="session")
+def ctranslate2():
+    package("transformers", with_old=False)  # its converter reads with it
+    return package("ctranslate2", with_old=False)
+
+
+@pytest.fixture(scope="session")
+def onnxruntime():
+    """ONNX Runtime, with what exports and what changes its files."""
+    for name in ("torch", "transformers", "onnxscript", "onnx"):
+        package(name, with_old=False)
+    return package("onnxruntime", with_old=False)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
     TransformersConverter(place).convert(directory)
     candidate = CTranslate2Candidate(directory, "opt")
 
-It gives no intermediate values. Its batches have no mask: of each row the real tokens are run, and the logits are put where they
-belong. T5's decoder is given its tokens as a prefix, and says the logits on its way through them.
+It gives no intermediate values. Its batches have no mask: of each row the real tokens are run, and the logits are put where
+they belong. T5's decoder is given its tokens as a prefix, and says the logits on its way through them.
 """
 
 import json
@@ -26,7 +26,7 @@ FAMILIES = ("opt", "bloom", "t5")
 class CTranslate2Candidate(Candidate):
     """The model that CTranslate2's converter has written to `directory`, of this family.
 
-    `compute_type` is CTranslate2's: float32, float16, bfloat16 or one of its integer types, which are held to what float32 allows.
+    `compute_type` is CTranslate2's: float32, float16, bfloat16, or an integer type, which is held to what float32 allows.
     """
 
     def __init__(self, directory: str | Path, family: str, *, compute_type: str = "float32", name: str = "") -> None:

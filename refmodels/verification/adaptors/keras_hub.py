@@ -3,8 +3,8 @@
     backbone = keras_hub.models.Backbone.from_preset(place)
     verify(KerasHubCandidate(backbone, model), model)
 
-The model runs eagerly, and the methods of its layers are wrapped while it does: what a layer is given and what it makes is seen,
-whatever the backend. Not to be seen are the scores of T5, and of OPT where Keras takes a fused attention.
+The model runs eagerly, and the methods of its layers are wrapped while it does: what a layer is given and what it makes is
+seen, whatever the backend. Not to be seen are the scores of T5, and of OPT where Keras takes a fused attention.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -219,7 +219,7 @@ class _Steps:
 
 @contextmanager
 def _tapped(owner: Any, name: str, seen: Seen) -> Iterator[None]:
-    """Inside, `seen` is called after every call of this attribute. Keras, which watches what its layers are given, is not told."""
+    """Inside, `seen` is called after every call of this attribute. Keras, which watches its layers' attributes, is not told."""
     original, own = getattr(owner, name), name in vars(owner)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
