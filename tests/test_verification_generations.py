@@ -174,6 +174,7 @@ def test_a_wrong_text():
     assert found.agreement == 1.0  # top-1 does not see it
     assert found.status == DIVERGES
     assert found.kl > found.kl_bound
+    assert found.kl_bound == pytest.approx(found.bound**2 / 2, rel=1e-3)
     assert judge_text(OwnCandidate(model, observer=shifted), model, inputs).kl < 1e-9  # the softmax does not see that
     assert judge_text(OwnCandidate(model, observer=nan), model, inputs).status == DIVERGES
     assert judge_text(Recorded(None), model, inputs).status == INCONCLUSIVE
