@@ -25,7 +25,7 @@ from refmodels.verification.verify import AGREES, CANNOT_RUN, DIVERGES, INCONCLU
 
 if TYPE_CHECKING:
     from refmodels.verification.forms import Form
-    from refmodels.verification.replay import Step
+    from refmodels.verification.judgement import Step
 
 VERDICTS = {AGREES: "agrees", DIVERGES: "diverges", CANNOT_RUN: "cannot run", INCONCLUSIVE: "inconclusive"}
 """Exit status -> what it means."""

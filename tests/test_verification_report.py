@@ -24,8 +24,9 @@ from refmodels.printing import printable
 from refmodels.verification import evidence as looks
 from refmodels.verification.evidence import gather
 from refmodels.verification.html import page, write_html
+from refmodels.verification.judgement import Step
 from refmodels.verification.pictures import MAX_CELLS, Bar, chart, difference_picture, error_picture, png
-from refmodels.verification.replay import Report, Step, replay
+from refmodels.verification.replay import Report, replay
 from refmodels.verification.report import (
     ACCUMULATED,
     GROWTH,
@@ -165,7 +166,7 @@ def test_a_real_fault_in_words(scaled):
     assert "DIVERGES; 3 of 192 steps wrong in 3 cases" in said
     assert f'First wrong step: {SCORES}, in cases "one row", "padded on the\n  right", "padded on the left".' in said
     assert re.search(r"Where: in 48 of 56 values: every head, positions 1 to 6, every key\.", said)
-    assert "none of the faults known by name" in said
+    assert "scores-not-scaled: The scores are not divided by sqrt(d)" in said
     assert "port 1.0" in said
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.numerics import Verdict, calibrated, compare
-from refmodels.op import Array, Op
+from refmodels.op import Array
 from refmodels.ops.precision import narrow, numpy_dtype
-from refmodels.verification.lanes import OWN, TRUTH, Arithmetic, Value
-from refmodels.verification.replay import MOVED_LANES, run_in_lanes
+from refmodels.verification.judgement import counted
+from refmodels.verification.lanes import Arithmetic
+from refmodels.verification.run import LOCAL, MOVED, Run, Sight
 
 BEYOND = {"float16": 65520.0, "bfloat16": (2.0 - 2.0**-8) * 2.0**127, "float32": (2.0 - 2.0**-24) * 2.0**127}
 """The smallest numbers that these types round to infinity."""
@@ -44,16 +45,15 @@ def bounds(
     the arrays."""
     found: dict[str, Known] = {}
 
-    def seen(name: str, op: Op[..., Any], arguments: dict[str, Any], result: Value, selected: Array | None) -> None:
-        if not wanted(name) or result.dtype.kind in "iub":
+    def look(sight: Sight) -> None:
+        if not wanted(sight.name) or sight.result.dtype.kind in "iub":
             return
-        counted = [array if selected is None else np.where(selected, array, array.dtype.type(0)) for array in result.lanes]
-        own, truth, moved = counted[OWN], counted[TRUTH], counted[2:]
-        bound = largest_error(truth, own, moved, result.terms, arithmetic)
-        found[name] = Known(bound, truth, own) if keep else Known(bound)
+        own, truth, *moved = (counted(array, sight.selected) for array in sight.result.lanes)
+        bound = largest_error(truth, own, moved, sight.result.terms, arithmetic)
+        found[sight.name] = Known(bound, truth, own) if keep else Known(bound)
 
-    extra = MOVED_LANES if second_look or arithmetic.products else 0  # our own run does not round what products take
-    run_in_lanes(model, inputs, seen, arithmetic=arithmetic, moved=extra)
+    closer = second_look or arithmetic.products  # our own run does not round what products take
+    Run(model, arithmetic, look, lanes=(*LOCAL, *MOVED) if closer else LOCAL).through(inputs)
     return found
 
 

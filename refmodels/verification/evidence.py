@@ -8,8 +8,10 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.op import OPS, Array, Shape
-from refmodels.verification.lanes import Arithmetic
-from refmodels.verification.replay import Report, Step, StepArrays, step_arrays
+from refmodels.verification.judgement import Step, without_shift
+from refmodels.verification.lanes import TRUTH, TRUTH_THROUGH, Arithmetic
+from refmodels.verification.replay import Report
+from refmodels.verification.run import LOCAL, THROUGH, Enough, Run, Sight
 
 MAX_ROWS, MAX_COLUMNS = 256, 2048
 """No more of a step is kept: some 9 MB, whatever the model."""
@@ -87,14 +89,24 @@ def gather(
         return None
     attention = _attention(step, report.steps)
     names, through = {step.name, *([] if attention is None else [attention.name])}, attention is not None
-    found = step_arrays(model, inputs, theirs, names, arithmetic=arithmetic, substitutes=substitutes, through=through)
+    arithmetic = arithmetic or Arithmetic(model.compute_dtype)
+    found: dict[str, Sight] = {}
+
+    def look(sight: Sight) -> None:
+        if sight.name in names and sight.fits:
+            found[sight.name] = sight
+            if found.keys() == names:
+                raise Enough
+
+    lanes = (*LOCAL, *THROUGH) if through else LOCAL
+    toward = None if through else step.name  # a single step takes little more than running its own layer
+    Run(model, arithmetic, look, theirs=theirs, substitutes=substitutes, lanes=lanes, toward=toward).through(inputs)
     if step.name not in found:
         return None
     weights = None
     if attention is not None and attention.name in found:
-        arrays = found[attention.name]
-        assert arrays.through is not None
-        weights = _slice(attention, arrays.theirs, arrays.through, _judged(arrays))
+        sight = found[attention.name]
+        weights = _slice(attention, np.asarray(sight.theirs), sight.lane(TRUTH_THROUGH), _judged(sight))
     return _evidence(step, found[step.name], weights)
 
 
@@ -111,9 +123,11 @@ def _attention(step: Step, steps: Sequence[Step]) -> Step | None:
     return None
 
 
-def _evidence(step: Step, arrays: StepArrays, attention: Slice | None) -> Evidence:
-    judged, bound = _judged(arrays), step.local.bound
-    theirs, ours = _wide(arrays.theirs), _wide(arrays.local)
+def _evidence(step: Step, sight: Sight, attention: Slice | None) -> Evidence:
+    judged, bound = _judged(sight), step.local.bound
+    theirs, ours = _wide(np.asarray(sight.theirs)), _wide(sight.lane(TRUTH))
+    if step.op == "attention_scores":
+        theirs = without_shift(theirs, ours, sight.selected)
     error = _distance(theirs, ours, judged)
     wrong = error > bound
     order = np.flatnonzero(wrong)
@@ -133,8 +147,8 @@ def _evidence(step: Step, arrays: StepArrays, attention: Slice | None) -> Eviden
     )
 
 
-def _judged(arrays: StepArrays) -> Array:
-    return np.broadcast_to(True, arrays.local.shape) if arrays.judged is None else arrays.judged
+def _judged(sight: Sight) -> Array:
+    return np.broadcast_to(True, sight.result.shape) if sight.selected is None else sight.selected
 
 
 def _wide(array: Array) -> Array:

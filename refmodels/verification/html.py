@@ -15,8 +15,8 @@ from refmodels.files import write_bytes
 from refmodels.op import Array
 from refmodels.printing import printable
 from refmodels.verification.evidence import Evidence, Slice
+from refmodels.verification.judgement import Step, ratio
 from refmodels.verification.pictures import Bar, chart, difference_picture, error_picture, weight_picture
-from refmodels.verification.replay import Step, ratio
 from refmodels.verification.report import (
     OUTCOMES,
     Layer,

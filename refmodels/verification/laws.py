@@ -26,8 +26,9 @@ from refmodels.op import Array, Op
 from refmodels.verification.adaptors.own import Observer, OwnCandidate
 from refmodels.verification.bounds import Known, bounds, difference
 from refmodels.verification.candidate import Candidate, CandidateError
+from refmodels.verification.judgement import ratio
 from refmodels.verification.lanes import Arithmetic
-from refmodels.verification.replay import ratio, step_names
+from refmodels.verification.replay import step_names
 from refmodels.verification.verify import LawResult
 
 Inputs = Mapping[str, Array]

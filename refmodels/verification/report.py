@@ -18,7 +18,8 @@ from refmodels import junit
 from refmodels.files import CheckpointError, parse_json, read_bytes, write_bytes
 from refmodels.numerics import Verdict
 from refmodels.printing import aligned, printable
-from refmodels.verification.replay import Report, Step, ratio
+from refmodels.verification.judgement import Step, ratio
+from refmodels.verification.replay import Report
 from refmodels.verification.verify import AGREES, CANNOT_RUN, DIVERGES, INCONCLUSIVE, CaseResult, Verification
 
 FORMAT = "refmodels.verification"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refmodels.op import Array
-from refmodels.verification.replay import Step
+from refmodels.verification.judgement import Step
 
 CALL = '''\
 """{title}

@@ -15,12 +15,14 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.files import replacing, write_bytes
-from refmodels.op import OPS, Array, Op, Params
+from refmodels.op import OPS, Array, Params
 from refmodels.verification.bounds import BEYOND, largest_error
 from refmodels.verification.candidate import OUTPUTS, Candidate, CandidateError
+from refmodels.verification.judgement import Step, counted
 from refmodels.verification.lanes import OWN, TRUTH, Arithmetic, Value
 from refmodels.verification.laws import FIRST_PLAIN_ID, sides
-from refmodels.verification.replay import MOVED_LANES, NothingToCompareError, Step, replay, run_in_lanes
+from refmodels.verification.replay import NothingToCompareError, replay, sight_of
+from refmodels.verification.run import LOCAL, MOVED
 from refmodels.verification.script import of_call, of_step, storable
 from refmodels.verification.verify import Case, CaseResult, Verification
 
@@ -269,7 +271,7 @@ def _layers(layers: list[Params], kept: Sequence[int]) -> list[Params]:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Proof:
     """All there is to say of a wrong step: its op and `arguments` (in the type under test, with their values of the steps
     before), what they `got`, what is `expected` in float64, the `bound` (a number or an array), what `counts` (None: all)."""
 
@@ -281,37 +283,31 @@ class Evidence:
     counts: Array | None
 
 
-def evidence(
+def proof(
     model: Backbone, inputs: Mapping[str, Array], theirs: Mapping[str, Array], step: Step, arithmetic: Arithmetic
-) -> Evidence:
-    """The evidence of one step.
+) -> Proof:
+    """The proof of one step.
 
     The bound is `calibrated`, with what the inputs' own roundings do, so that it holds wherever the steps before come out
     a rounding different. Where an error stays below it, being large beside its own element alone, that element alone is judged.
     """
-    found: list[Evidence] = []
-
-    def seen(name: str, op: Op[..., Any], arguments: dict[str, Any], result: Value, selected: Array | None) -> None:
-        if name != step.name:
-            return
-        got, expected = np.asarray(theirs[name]), result.lanes[TRUTH]
-        plain = {key: _own(value) for key, value in arguments.items()}
-        if result.dtype.kind in "iub" or got.shape != result.shape:
-            found.append(Evidence(op.name, plain, got, result.lanes[OWN], np.zeros(()), selected))
-            return
-        counted = [array if selected is None else np.where(selected, array, array.dtype.type(0)) for array in result.lanes]
-        largest = largest_error(counted[TRUTH], counted[OWN], counted[2:], result.terms, arithmetic)
-        bound = np.array(max(largest, step.local.bound))
-        if step.local.error <= bound and step.local.index:
-            bound = np.full(result.shape, np.inf)
-            bound[step.local.index] = step.local.bound
-        beyond = np.abs(expected) >= BEYOND.get(arithmetic.dtype, np.inf)
-        if beyond.any():
-            bound = np.where(beyond, np.inf, bound)
-        found.append(Evidence(op.name, plain, got, expected, bound, selected))
-
-    run_in_lanes(model, inputs, seen, theirs=theirs, arithmetic=arithmetic, moved=MOVED_LANES, until=step.name)
-    return found[0]
+    sight = sight_of(model, inputs, theirs, step.name, lanes=(*LOCAL, *MOVED), arithmetic=arithmetic)
+    if sight is None or sight.theirs is None:
+        raise ValueError(f"{step.name} is not reached")
+    got, expected, selected = sight.theirs, sight.lane(TRUTH), sight.selected
+    plain = {key: _own(value) for key, value in sight.arguments.items()}
+    if sight.result.dtype.kind in "iub" or not sight.fits:
+        return Proof(sight.op.name, plain, got, sight.lane(OWN), np.zeros(()), selected)
+    own, truth, *moved = (counted(array, selected) for array in sight.result.lanes)
+    largest = largest_error(truth, own, moved, sight.result.terms, arithmetic)
+    bound = np.array(max(largest, step.local.bound))
+    if step.local.error <= bound and step.local.index:
+        bound = np.full(expected.shape, np.inf)
+        bound[step.local.index] = step.local.bound
+    beyond = np.abs(expected) >= BEYOND.get(arithmetic.dtype, np.inf)
+    if beyond.any():
+        bound = np.where(beyond, np.inf, bound)
+    return Proof(sight.op.name, plain, got, expected, bound, selected)
 
 
 def _own(value: Any) -> Any:
@@ -353,7 +349,7 @@ def reproduce(
     case, model, candidate, step = _smallest(candidate, model, result, step, rebuild, runs, progress)
     theirs = candidate.run(case.inputs)
     arithmetic = Arithmetic(candidate.dtype, candidate.products)
-    found = evidence(model, case.inputs, theirs, step, arithmetic)
+    found = proof(model, case.inputs, theirs, step, arithmetic)
     name = None if spec is None else _their_name(candidate, case.inputs, step.name)
     script = directory / "reproduce.py"
     says = [f"{finding.name}: {finding.says}" for finding in result.findings if place_of(finding.step) == place_of(step.name)]

@@ -10,8 +10,9 @@ from refmodels.numerics import Verdict
 from refmodels.op import Array
 from refmodels.verification.candidate import Candidate
 from refmodels.verification.evidence import Evidence, gather
+from refmodels.verification.judgement import Step
 from refmodels.verification.lanes import Arithmetic
-from refmodels.verification.replay import Report, Step, replay
+from refmodels.verification.replay import Report, replay
 from refmodels.verification.signatures import Finding, diagnose
 
 AGREES, DIVERGES, CANNOT_RUN, INCONCLUSIVE = range(4)
@@ -122,7 +123,8 @@ def verify(
 ) -> Verification:
     """Judge a candidate beside `model`, which has its weights, in its type. All cases are tried (default: `cases`)."""
     arithmetic = Arithmetic(candidate.dtype, candidate.products)
-    results = []
+    results: list[CaseResult] = []
+    named: set[str] = set()  # trying every fault takes as long as many runs, and the same step fails for the same reason
     for case in cases(model) if tried is None else tried:
 
         def arrived(step: Step, name: str = case.name) -> None:
@@ -134,8 +136,9 @@ def verify(
         theirs = candidate.run(case.inputs, substitutes or None)
         report = replay(model, case.inputs, theirs, arithmetic=arithmetic, substitutes=substitutes, progress=arrived)
         findings: list[Finding] = []
-        if report.first is not None:
+        if report.first is not None and report.first.name not in named:
             findings = diagnose(model, case.inputs, theirs, report.first.name, arithmetic=arithmetic, substitutes=substitutes)
+            named |= {report.first.name} if findings else set()
         evidence = gather(model, case.inputs, theirs, report, arithmetic=arithmetic, substitutes=substitutes)
         results.append(CaseResult(case, report, tuple(findings), evidence))
     return Verification(candidate.name, model.name, str(arithmetic), tuple(results), facts=candidate.facts())

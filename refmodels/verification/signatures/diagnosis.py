@@ -11,9 +11,11 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.op import Array, Op
-from refmodels.verification.lanes import Arithmetic, Value
-from refmodels.verification.replay import MOVED_LANES, Edit, Evidence, Step, judge_step, sketch_step
-from refmodels.verification.signatures.fault import Fault, Scene, Variant
+from refmodels.verification.judgement import Step, judge
+from refmodels.verification.lanes import OWN, Arithmetic, Value
+from refmodels.verification.replay import sight_of
+from refmodels.verification.run import LOCAL, MOVED, Edit, Sight
+from refmodels.verification.signatures.fault import Compared, Fault, Scene, Variant
 from refmodels.verification.signatures.rules import remaining
 
 PROMISING = 0.9
@@ -65,19 +67,19 @@ def diagnose(
     arithmetic = arithmetic or Arithmetic(model.compute_dtype)
     case = _Case(model, inputs, theirs, step, arithmetic, substitutes)
     recorder = Recorder()
-    judged, evidence = case.judge(recorder)
+    judged, compared = case.judge(recorder)
     if judged is not None and 1 < judged.ratio < DOUBTFUL:
-        judged, _ = case.judge(_unchanged, MOVED_LANES)
-    if judged is None or evidence is None or judged.ok:
+        judged, _ = case.judge(_unchanged, moved=True)
+    if judged is None or compared is None or judged.ok:
         return []
-    before = remaining(evidence)
+    before = remaining(compared)
     ops, magnitudes = recorder.dependencies()
     scene = Scene(model, inputs, step, arithmetic, magnitudes)
     findings: list[tuple[bool, Finding]] = []
     for fault in _all_faults() if faults is None else faults:
         if model.family not in fault.families:
             continue
-        symptom = fault.rule(scene, evidence) if fault.rule else None
+        symptom = fault.rule(scene, compared) if fault.rule else None
         fits = [_Fit(symptom.left, 0.0, symptom.detail)] if symptom else []
         variants = fault.variants(model, inputs) if fault.ops & ops else ()
         fits += filter(None, (case.fit(variant, before) for variant in variants))
@@ -136,29 +138,23 @@ class _Case:
     arithmetic: Arithmetic
     substitutes: Mapping[str, Array] | None
 
-    def judge(self, edit: Edit, moved: int = 0) -> tuple[Step | None, Evidence | None]:
+    def judge(self, edit: Edit, *, moved: bool = False) -> tuple[Step | None, Compared | None]:
         """The step under an edit, and the arrays that were compared."""
-        seen: list[Evidence] = []
-        judged = judge_step(
-            self.model,
-            self.inputs,
-            self.theirs,
-            self.step,
-            edit=edit,
-            arithmetic=self.arithmetic,
-            substitutes=self.substitutes,
-            moved=moved,
-            examine=seen.append,
-        )
-        return judged, seen[-1] if seen else None
+        sight = self._sight(edit, (*LOCAL, *MOVED) if moved else LOCAL)
+        return (None, None) if sight is None else (judge(sight, self.arithmetic, edit), Compared.of(sight))
 
-    def sketch(self, edit: Edit) -> Evidence | None:
+    def sketch(self, edit: Edit) -> Compared | None:
         """The arrays that would be compared, roughly."""
-        return sketch_step(
+        sight = self._sight(edit, (OWN,))
+        return None if sight is None else Compared.of(sight)
+
+    def _sight(self, edit: Edit, lanes: tuple[int, ...]) -> Sight | None:
+        return sight_of(
             self.model,
             self.inputs,
             self.theirs,
             self.step,
+            lanes=lanes,
             edit=edit,
             arithmetic=self.arithmetic,
             substitutes=self.substitutes,
@@ -169,13 +165,13 @@ class _Case:
         try:
             if not remaining(self.sketch(variant.edit)) < PROMISING * before:
                 return None
-            judged, evidence = self.judge(variant.edit)
-            if judged is None or evidence is None:
+            judged, compared = self.judge(variant.edit)
+            if judged is None or compared is None:
                 return None
-            after = remaining(evidence)
+            after = remaining(compared)
             left = 0.0 if math.isinf(before) and not math.isinf(after) else after / before
             if not judged.ok and left < NEAR and judged.local.bound > 0:
-                judged, _ = self.judge(variant.edit, MOVED_LANES)
+                judged, _ = self.judge(variant.edit, moved=True)
         except (ValueError, IndexError, ImportError):  # no such shape with these heads, no such type on this machine
             return None
         return _Fit(left, judged.ratio, variant.detail) if judged is not None and judged.ok and left < EXPLAINED else None

@@ -7,9 +7,9 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.ops.precision import narrow, wide
-from refmodels.verification.replay import Evidence
 from refmodels.verification.signatures.fault import (
     Change,
+    Compared,
     Fault,
     Scene,
     Symptom,
@@ -42,16 +42,16 @@ def _rows(shift: int, first: str = "") -> Change:
     return change
 
 
-def _shifted_rows(scene: Scene, evidence: Evidence) -> Symptom | None:
+def _shifted_rows(scene: Scene, compared: Compared) -> Symptom | None:
     """Seen where the rows are looked up or added: the two rows that only their table has can be left out of account there."""
-    theirs, truth = evidence.theirs, evidence.truth
+    theirs, truth = compared.theirs, compared.truth
     if scene.step not in ("position_embedding:embedding", "opt_backbone:add") or scene.inputs.get("position_ids") is not None:
         return None
     if theirs.shape != truth.shape or truth.shape[1] < 4:
         return None
     table = scene.model.params["position_embedding"]["embeddings"].astype(np.float64)[: truth.shape[1]]
     wanted = truth[:, 2:] + table[:-2] - table[2:]
-    selected = True if evidence.selected is None else np.broadcast_to(evidence.selected, truth.shape)[:, 2:]
+    selected = True if compared.selected is None else np.broadcast_to(compared.selected, truth.shape)[:, 2:]
     error, size = np.abs(np.where(selected, theirs[:, 2:] - wanted, 0.0)), np.abs(wanted).max()
     return Symptom("position 2 has the row of position 0") if error.max() <= 4 * scene.arithmetic.u * size else None
 

@@ -10,8 +10,9 @@ import numpy as np
 from refmodels.backbone import Backbone
 from refmodels.op import Array, Op, Params
 from refmodels.ops.precision import narrow, numpy_dtype
-from refmodels.verification.lanes import Arithmetic
-from refmodels.verification.replay import Edit, Evidence
+from refmodels.verification.judgement import without_shift
+from refmodels.verification.lanes import OWN, TRUTH, Arithmetic
+from refmodels.verification.run import Edit, Sight
 
 FAMILIES = ("t5", "opt", "bloom")
 
@@ -29,6 +30,27 @@ class Scene:
     step: str
     arithmetic: Arithmetic
     magnitudes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a step is judged by: `theirs` in float64, the `truth`, our `own` result in the type under test, and which values
+    count (`selected`; None for all). Of a run without the truth, our own result stands for it."""
+
+    op: Op[..., Any]
+    theirs: Array
+    truth: Array
+    own: Array
+    selected: Array | None
+
+    @classmethod
+    def of(cls, sight: Sight) -> "Compared":
+        """The arrays of a step that they give."""
+        own, theirs = sight.lane(OWN), np.asarray(sight.theirs).astype(np.float64)
+        truth, selected = sight.lane(TRUTH) if sight.has(TRUTH) else own, sight.selected if sight.fits else None
+        if sight.op.name == "attention_scores" and sight.fits:
+            theirs = without_shift(theirs, truth, selected)
+        return cls(sight.op, theirs, truth, own, selected)
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class Fault:
     families: tuple[str, ...] = FAMILIES
     ops: frozenset[str] = frozenset()
     variants: Callable[[Backbone, Mapping[str, Any]], Iterable[Variant]] = lambda model, inputs: ()
-    rule: Callable[[Scene, Evidence], Symptom | None] | None = None
+    rule: Callable[[Scene, Compared], Symptom | None] | None = None
     general: bool = False
 
 

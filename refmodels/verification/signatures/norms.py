@@ -9,7 +9,7 @@ import numpy as np
 from refmodels.backbone import Backbone
 from refmodels.op import Array, Op
 from refmodels.ops.precision import narrow, numpy_dtype, wide
-from refmodels.verification.replay import Edit
+from refmodels.verification.run import Edit
 from refmodels.verification.signatures.fault import (
     Change,
     Fault,

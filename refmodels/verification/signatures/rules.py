@@ -9,19 +9,18 @@ import numpy as np
 from refmodels.numerics import calibrated, compare
 from refmodels.op import Array
 from refmodels.ops.precision import narrow
-from refmodels.verification.replay import Evidence
-from refmodels.verification.signatures.fault import Fault, Scene, Symptom, rounded
+from refmodels.verification.signatures.fault import Compared, Fault, Scene, Symptom, rounded
 
 LARGEST_FLOAT16 = 65504.0
 CLAMPS = (65504.0, 64504.0)
 """Where float16 implementations cut off: its largest number, and Transformers' 1000 less."""
 
 
-def remaining(evidence: Evidence | None) -> float:
+def remaining(compared: Compared | None) -> float:
     """The root mean square of the disagreement where it counts: infinite for another shape, for NaN and for nothing."""
-    if evidence is None:
+    if compared is None:
         return math.inf
-    return _distance(evidence.theirs, evidence.truth, evidence.selected)
+    return _distance(compared.theirs, compared.truth, compared.selected)
 
 
 def _distance(theirs: Array, truth: Array, selected: Array | None) -> float:
@@ -36,7 +35,7 @@ def _distance(theirs: Array, truth: Array, selected: Array | None) -> float:
     return math.sqrt(mean) if math.isfinite(mean) else math.inf
 
 
-def _explains(evidence: Evidence, theirs: Array, truth: Array, own: Array, selected: Array | None = None) -> float | None:
+def _explains(compared: Compared, theirs: Array, truth: Array, own: Array, selected: Array | None = None) -> float | None:
     """What is left of the disagreement if theirs is to be compared with these; None where it does not fit the bound."""
     if theirs.shape != truth.shape:
         return None
@@ -44,27 +43,27 @@ def _explains(evidence: Evidence, theirs: Array, truth: Array, own: Array, selec
         theirs, truth, own = (np.where(selected, array, array.dtype.type(0)) for array in (theirs, truth, own))
     if not compare(narrow(theirs, own.dtype), truth, calibrated(4), wanted=own):
         return None
-    before = remaining(evidence)
+    before = remaining(compared)
     return 0.0 if math.isinf(before) else _distance(theirs, truth, None) / before if before else None
 
 
-def _counted(evidence: Evidence, array: Array) -> Array:
-    if evidence.selected is None or array.shape != evidence.truth.shape:
+def _counted(compared: Compared, array: Array) -> Array:
+    if compared.selected is None or array.shape != compared.truth.shape:
         return array.ravel()
-    return array[np.broadcast_to(evidence.selected, array.shape)]
+    return array[np.broadcast_to(compared.selected, array.shape)]
 
 
-def _is_float(evidence: Evidence) -> bool:
-    return evidence.truth.dtype.kind == "f"
+def _is_float(compared: Compared) -> bool:
+    return compared.truth.dtype.kind == "f"
 
 
 # -- numbers that a type cannot hold ----------------------------------------------------------------------------------------
 
 
-def _overflow(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+def _overflow(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth)
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth)
     reached = next(((name, size) for name, size in scene.magnitudes.items() if size > LARGEST_FLOAT16), None)
     detail = f"{reached[0]} reaches {reached[1]:.4g}, beyond float16's {LARGEST_FLOAT16:g}" if reached else ""
     if np.isfinite(truth).all() and not np.isfinite(theirs).all():
@@ -75,15 +74,15 @@ def _overflow(scene: Scene, evidence: Evidence) -> Symptom | None:
         return Symptom(detail) if detail else None
     for clamp in CLAMPS if reached and theirs.size else ():
         if abs(np.abs(theirs).max() - clamp) < 1e-3 * clamp:
-            left = _explains(evidence, evidence.theirs, np.clip(evidence.truth, -clamp, clamp),
-                             np.clip(evidence.own, -clamp, clamp), evidence.selected)  # fmt: skip
+            left = _explains(compared, compared.theirs, np.clip(compared.truth, -clamp, clamp),
+                             np.clip(compared.own, -clamp, clamp), compared.selected)  # fmt: skip
             return Symptom(f"{detail}, and is cut off at {clamp:g}", left or 0.0)
     return None
 
 
-def _nan_without_keys(scene: Scene, evidence: Evidence) -> Symptom | None:
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth)
-    if not _is_float(evidence) or not np.isnan(theirs).any() or np.isnan(truth).any():
+def _nan_without_keys(scene: Scene, compared: Compared) -> Symptom | None:
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth)
+    if not _is_float(compared) or not np.isnan(theirs).any() or np.isnan(truth).any():
         return None
     masks = {name: np.asarray(mask).astype(bool) for name, mask in scene.inputs.items() if name.endswith("padding_mask")}
     for name, mask in masks.items():
@@ -96,20 +95,20 @@ def _nan_without_keys(scene: Scene, evidence: Evidence) -> Symptom | None:
 # -- the same numbers in other places ---------------------------------------------------------------------------------------
 
 
-def _permuted(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+def _permuted(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    dims = getattr(evidence.op.result, "dims", ())
-    for axis, label in _permutable(dims, evidence.truth.ndim):
-        order = _matching(np.moveaxis(evidence.theirs, axis, 0), np.moveaxis(evidence.truth, axis, 0))
+    dims = getattr(compared.op.result, "dims", ())
+    for axis, label in _permutable(dims, compared.truth.ndim):
+        order = _matching(np.moveaxis(compared.theirs, axis, 0), np.moveaxis(compared.truth, axis, 0))
         if order is None or order == list(range(len(order))):
             continue
-        truth, own = (np.take(array, order, axis) for array in (evidence.truth, evidence.own))
+        truth, own = (np.take(array, order, axis) for array in (compared.truth, compared.own))
         selected = None
-        if evidence.selected is not None:
-            full = np.broadcast_to(evidence.selected, evidence.truth.shape)
+        if compared.selected is not None:
+            full = np.broadcast_to(compared.selected, compared.truth.shape)
             selected = np.take(full, order, axis) & full
-        left = _explains(evidence, evidence.theirs, truth, own, selected)
+        left = _explains(compared, compared.theirs, truth, own, selected)
         if left is not None:
             return Symptom(f"{label} stand in the order {', '.join(map(str, order))}", left)
     return None
@@ -137,22 +136,22 @@ def _matching(theirs: Array, truth: Array) -> list[int] | None:
     return order
 
 
-def _layout(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.size != evidence.truth.size or evidence.truth.ndim > 4:
+def _layout(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.size != compared.truth.size or compared.truth.ndim > 4:
         return None
-    shape, ndim = evidence.theirs.shape, evidence.truth.ndim
+    shape, ndim = compared.theirs.shape, compared.truth.ndim
     for axes in permutations(range(ndim)):
-        turned = evidence.truth.transpose(axes)
+        turned = compared.truth.transpose(axes)
         if axes == tuple(range(ndim)) and turned.shape == shape:
             continue
         selected = None
-        if evidence.selected is not None:
-            selected = np.broadcast_to(evidence.selected, evidence.truth.shape).transpose(axes).reshape(shape)
-        own = evidence.own.transpose(axes)
-        left = _explains(evidence, evidence.theirs, turned.reshape(shape), own.reshape(shape), selected)
+        if compared.selected is not None:
+            selected = np.broadcast_to(compared.selected, compared.truth.shape).transpose(axes).reshape(shape)
+        own = compared.own.transpose(axes)
+        left = _explains(compared, compared.theirs, turned.reshape(shape), own.reshape(shape), selected)
         if left is not None:
             turning = f"with its axes in the order {axes}" if axes != tuple(range(ndim)) else ""
-            reshaping = f"of shape {shape} in place of {evidence.truth.shape}" if turned.shape != shape else ""
+            reshaping = f"of shape {shape} in place of {compared.truth.shape}" if turned.shape != shape else ""
             return Symptom(f"it is ours {' and '.join(filter(None, (turning, reshaping)))}", left)
     return None
 
@@ -160,13 +159,13 @@ def _layout(scene: Scene, evidence: Evidence) -> Symptom | None:
 # -- roundings, factors, dropout --------------------------------------------------------------------------------------------
 
 
-def _kept_in_half(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+def _kept_in_half(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth)
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth)
     if np.unique(theirs).size < 8 or not np.isfinite(theirs).all():
         return None
-    before = remaining(evidence)
+    before = remaining(compared)
     for dtype, u in (("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
         kept = rounded(theirs, dtype)
         if u <= scene.arithmetic.u or not np.array_equal(kept, theirs):
@@ -176,18 +175,18 @@ def _kept_in_half(scene: Scene, evidence: Evidence) -> Symptom | None:
     return None
 
 
-def _factor(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+def _factor(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth.astype(np.float64))
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth.astype(np.float64))
     square = float(np.square(truth).sum())
     if truth.size < 2 or not square or not np.isfinite(theirs).all():
         return None
     factor = float((theirs * truth).sum()) / square
     if abs(factor - 1) < 1e-3 or abs(factor) < 1e-6:
         return None
-    own = (evidence.own.astype(np.float64) * factor).astype(evidence.own.dtype)
-    left = _explains(evidence, evidence.theirs, evidence.truth * factor, own, evidence.selected)
+    own = (compared.own.astype(np.float64) * factor).astype(compared.own.dtype)
+    left = _explains(compared, compared.theirs, compared.truth * factor, own, compared.selected)
     return None if left is None else Symptom(f"{factor:.6g}{_guessed(scene, factor)}", left)
 
 
@@ -205,25 +204,25 @@ def _guessed(scene: Scene, factor: float) -> str:
     return f", which is {' or '.join(fitting)}" if fitting else ""
 
 
-def _offset(scene: Scene, evidence: Evidence) -> Symptom | None:
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+def _offset(scene: Scene, compared: Compared) -> Symptom | None:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth)
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth)
     if truth.size < 2 or not np.isfinite(theirs).all():
         return None
     offset = float(np.median(theirs - truth))
-    own = (evidence.own.astype(np.float64) + offset).astype(evidence.own.dtype)
+    own = (compared.own.astype(np.float64) + offset).astype(compared.own.dtype)
     if abs(offset) <= 1e-3 * float(np.abs(truth).max()):
         return None
-    left = _explains(evidence, evidence.theirs, evidence.truth + offset, own, evidence.selected)
+    left = _explains(compared, compared.theirs, compared.truth + offset, own, compared.selected)
     return None if left is None else Symptom(f"{offset:.6g}", left)
 
 
-def _dropout(scene: Scene, evidence: Evidence) -> Symptom | None:
+def _dropout(scene: Scene, compared: Compared) -> Symptom | None:
     """Some values zero, all others larger by one factor."""
-    if not _is_float(evidence) or evidence.theirs.shape != evidence.truth.shape:
+    if not _is_float(compared) or compared.theirs.shape != compared.truth.shape:
         return None
-    theirs, truth = _counted(evidence, evidence.theirs), _counted(evidence, evidence.truth)
+    theirs, truth = _counted(compared, compared.theirs), _counted(compared, compared.truth)
     theirs, truth = theirs[truth != 0], truth[truth != 0]
     zero = theirs == 0
     if theirs.size < 16 or not 0 < zero.mean() < 1 or not np.isfinite(theirs).all():
