@@ -13,7 +13,7 @@ from refmodels.verification.evidence import Evidence, gather
 from refmodels.verification.judgement import Step
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import Report, replay
-from refmodels.verification.signatures import Finding, diagnose
+from refmodels.verification.signatures import FAULTS, Finding, diagnose
 
 AGREES, DIVERGES, CANNOT_RUN, INCONCLUSIVE = range(4)
 """Exit statuses of `refmodels verify`."""
@@ -124,7 +124,7 @@ def verify(
     """Judge a candidate beside `model`, which has its weights, in its type. All cases are tried (default: `cases`)."""
     arithmetic = Arithmetic(candidate.dtype, candidate.products)
     results: list[CaseResult] = []
-    named: set[str] = set()  # trying every fault takes as long as many runs, and the same step fails for the same reason
+    named: dict[str, set[str]] = {}  # trying every fault takes as long as many runs: a step's next case tries those that fitted
     for case in cases(model) if tried is None else tried:
 
         def arrived(step: Step, name: str = case.name) -> None:
@@ -136,9 +136,13 @@ def verify(
         theirs = candidate.run(case.inputs, substitutes or None)
         report = replay(model, case.inputs, theirs, arithmetic=arithmetic, substitutes=substitutes, progress=arrived)
         findings: list[Finding] = []
-        if report.first is not None and report.first.name not in named:
-            findings = diagnose(model, case.inputs, theirs, report.first.name, arithmetic=arithmetic, substitutes=substitutes)
-            named |= {report.first.name} if findings else set()
+        if report.first is not None:
+            step, known = report.first.name, named.get(report.first.name, set())
+            for faults in ([fault for fault in FAULTS if fault.name in known], FAULTS):
+                findings = findings or diagnose(
+                    model, case.inputs, theirs, step, arithmetic=arithmetic, substitutes=substitutes, faults=faults
+                )
+            named.setdefault(step, set()).update(finding.name for finding in findings)
         evidence = gather(model, case.inputs, theirs, report, arithmetic=arithmetic, substitutes=substitutes)
         results.append(CaseResult(case, report, tuple(findings), evidence))
     return Verification(candidate.name, model.name, str(arithmetic), tuple(results), facts=candidate.facts())
