@@ -47,7 +47,7 @@ class Right:
     attention: str = "eager"
     products: str = ""
     cached: str = ""  # the cache with which its logits are computed, in chunks
-    cases: tuple[str, ...] = (LEFT, LONG)
+    cases: tuple[str, ...] = (LEFT,)
 
 
 # -- ways to put it in --------------------------------------------------------------------------------------------------------
@@ -766,12 +766,12 @@ RIGHT_ONES = [
     Right("ALiBi from the query", "bloom_12_heads", relative_alibi),
     Right("TF32, declared", "opt", tf32, products="tf32"),
     Right("TF32, declared", "t5", tf32, products="tf32"),
-    Right("bfloat16", "opt", dtype="bfloat16"),
+    Right("bfloat16", "opt", dtype="bfloat16", cases=(LEFT, LONG)),
     Right("bfloat16, as far as its ALiBi can count", "bloom", dtype="bfloat16", cases=(LEFT, RIGHT)),
-    Right("bfloat16", "t5_gated", dtype="bfloat16"),
+    Right("bfloat16", "t5_gated", dtype="bfloat16", cases=(LEFT, LONG)),
     Right("bfloat16, logits in float32", "opt", forward(lambda model: model.lm_head, wide_head), dtype="bfloat16"),
-    Right("float16", "opt_350m", dtype="float16"),
-    Right("float16", "t5", dtype="float16"),
+    Right("float16", "opt_350m", dtype="float16", cases=(LEFT, LONG)),
+    Right("float16", "t5", dtype="float16", cases=(LEFT, LONG)),
     Right("float64, fused attention", "opt", dtype="float64", attention="sdpa"),
     Right(
         "float64, softmax in float64", "opt", source("eager_attention_forward", ("dtype=torch.float32", "dtype=query.dtype")),

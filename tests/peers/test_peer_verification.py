@@ -11,7 +11,7 @@ from foreign_models import VARIANTS, copied, foreign_model
 from refmodels import Backbone
 from refmodels.parameters import flatten
 from refmodels.verification import signatures
-from refmodels.verification.adaptors.transformers import TransformersCandidate
+from refmodels.verification.adaptors.transformers import TransformersCandidate, backbone_of
 from refmodels.verification.candidate import CandidateError
 from refmodels.verification.replay import step_names
 from refmodels.verification.verify import AGREES, DIVERGES, Case, cases, verify
@@ -101,18 +101,21 @@ def test_of_layers_alone_the_layer_is_located(outcomes, name, layer):
 # -- defects of Transformers itself ---------------------------------------------------------------------------------------
 
 
-def test_bloom_in_exact_slices_lacks_its_biases(outcomes):
-    """`slow_but_exact` takes the products of two dense layers in slices, and adds no bias."""
+@pytest.mark.parametrize(
+    ("part", "layer", "step"),
+    [("self_attention", "dense", "layers.0:add"), ("mlp", "dense_4h_to_h", "layers.0:add.2")],
+)
+def test_bloom_in_exact_slices_lacks_a_bias(outcomes, part, layer, step):
+    """`slow_but_exact` takes a product in slices, and adds no bias: right only where that is zero."""
     theirs, ours = outcomes.pair("bloom")
     model = copied(theirs)
     for block in model.transformer.h:
-        for part in (block.self_attention, block.mlp):
-            part.pretraining_tp, part.slow_but_exact = 2, True
-            part.hidden_size = 32
-    block.mlp.slow_but_exact = False  # there the slices are no whole numbers: it fails
-    model.transformer.h[0].mlp.slow_but_exact = False
-    found = verify(TransformersCandidate(model), ours, [case_of(ours)])
-    assert found.first[1].name == "layers.0:add"
+        sliced = getattr(block, part)
+        sliced.pretraining_tp, sliced.slow_but_exact = 2, True
+    assert verify(TransformersCandidate(model), ours, [case_of(ours)]).first[1].name == step
+    for block in model.transformer.h:
+        getattr(getattr(block, part), layer).bias.data.zero_()
+    assert verify(TransformersCandidate(model), backbone_of(model), [case_of(ours)]).status == AGREES
 
 
 @pytest.mark.parametrize(
@@ -129,15 +132,27 @@ def test_lost_precision_is_found(outcomes, variant, dtype, step):
     assert verify(TransformersCandidate(theirs), ours, [case_of(ours)]).first[1].name == step
 
 
-def test_opt_in_float64_gives_nan_beside_padding_on_the_left(outcomes):
-    """The mask is float64's least number, and the softmax is taken in float32, where that is minus infinity: a row that permits
-    no key becomes NaN, and with it, one layer on, every row."""
-    theirs, ours = outcomes.pair("opt", "float64")
+def large_scores(model):
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(4)
+
+
+@pytest.mark.parametrize(("dtype", "prepare"), [("float64", None), ("float16", large_scores)])
+def test_opt_gives_nan_beside_padding_on_the_left(outcomes, dtype, prepare):
+    """The mask is the type's least number. The softmax is taken in float32, where float64's is minus infinity, and so is
+    float16's with a score of -16 added. A row that permits no key becomes NaN, and with it, one layer on, every row."""
+    theirs, ours = outcomes.pair("opt", dtype, "eager", prepare)
     case = case_of(ours)
     steps = TransformersCandidate(theirs).run(case.inputs)
-    assert np.isnan(steps["opt_logits"][1:]).all()
+    assert np.isnan(steps["opt_logits"][-1].astype(np.float64)).all()
     wrong = verify(TransformersCandidate(theirs), ours, [case]).cases[0].report.wrong
     assert any(step.name == "layers.1.self_attention:masked_softmax" and not np.isfinite(step.local.error) for step in wrong)
+    fused, _ = outcomes.pair("opt", dtype, "sdpa", prepare)
+    assert np.isfinite(TransformersCandidate(fused).run(case.inputs)["opt_logits"].astype(np.float64)).all()
 
 
 # -- the adaptor ----------------------------------------------------------------------------------------------------------

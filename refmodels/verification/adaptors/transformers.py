@@ -97,10 +97,9 @@ class TransformersCandidate(Candidate):
         with ExitStack() as stack:
             for layer, name in self.layers.items():
                 if name in inject:
-                    real = inputs.get("encoder_padding_mask" if name.startswith("encoder.") else "padding_mask")
-                    if name.startswith("decoder."):
-                        real = inputs.get("decoder_padding_mask")
-                    stack.callback(layer.register_forward_hook(_replacing(inject[name], real)).remove)
+                    side = f"{name.partition('.')[0]}_" if self.family == "t5" else ""
+                    hook = _replacing(inject[name], inputs.get(f"{side}padding_mask"))
+                    stack.callback(layer.register_forward_hook(hook).remove)
             yield
 
     # -- inputs -------------------------------------------------------------------------------------------------------------
@@ -431,7 +430,7 @@ class _Steps:
             self.steps[name] = array.reshape(self._batch, -1, array.shape[-1]) if array.ndim == 2 else array
 
     def add_first(self, name: str, array: Array) -> None:
-        """One step that every layer shows: as the first does."""
+        """One step that several calls show: as the first does."""
         if name not in self.steps:
             self.add(name, array)
 
@@ -523,21 +522,19 @@ class _Steps:
 
     def _mask(self, attention: Attention, mask: Any) -> None:
         """The mask that an attention is given, as which keys it permits. There is none where the function itself is causal."""
-        if mask is None or mask.ndim != 4:
+        stack, own = attention.place.partition(".")[0], attention.place.endswith("self_attention")
+        name = f"{self._family}_backbone:causal_mask"
+        if self._family == "t5":
+            name = "t5_decoder:causal_mask" if stack == "decoder" and own else f"t5_{stack}:key_mask"
+        if mask is None or mask.ndim != 4 or name in self.steps or not self._only(name):
             return
         array = _array(mask)
         permitted = array if array.dtype == bool else array.astype(np.float64) == 0
         permitted = np.broadcast_to(permitted, (self._batch, *permitted.shape[1:]))
-        if self._family != "t5":
-            self.add_first(f"{self._family}_backbone:causal_mask", permitted)
-        elif attention.place.startswith("decoder") and attention.place.endswith("self_attention"):
-            self.add_first("t5_decoder:causal_mask", permitted)
-        else:  # ours is the same for every query
-            stack = attention.place.partition(".")[0]
-            queries = np.asarray(self._inputs.get(f"{stack}_padding_mask", np.ones(permitted.shape[::2])), bool)
-            if permitted.shape[2] > 1:
-                permitted = np.asarray((permitted | ~queries[:, None, :, None]).all(2, keepdims=True))
-            self.add_first(f"t5_{stack}:key_mask", permitted)
+        if name.endswith("key_mask") and permitted.shape[2] > 1:  # ours is one for all queries
+            real = np.asarray(self._inputs.get(f"{stack}_padding_mask", np.ones(permitted.shape[::2])), bool)
+            permitted = np.asarray((permitted | ~real[:, None, :, None]).all(2, keepdims=True))
+        self.add(name, permitted)
 
 
 class _Inner:
