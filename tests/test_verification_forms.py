@@ -741,6 +741,25 @@ def test_functions_that_are_right():
     assert set(some.refused) >= {"it takes no bias"}
 
 
+def test_functions_get_plain_arrays():
+    """As PyTorch wants them; what they do to those that were plain is seen all the same."""
+
+    def plain(scores, mask):
+        assert scores.flags.c_contiguous
+        assert min(scores.strides) >= 0
+        assert mask.flags.writeable
+        return softmax(scores, mask)
+
+    assert checked("masked_softmax", plain, examples=100).verdict == "right"
+
+    def writing(scores, mask):
+        found = softmax(scores, mask)
+        scores[...] = 0
+        return found
+
+    assert checked("masked_softmax", writing).failures[0].law == "inputs"
+
+
 def test_functions_that_are_wrong():
     def one_less(scores, mask):
         return softmax(scores[..., :1] * 0 + scores, np.ones_like(mask))
