@@ -516,6 +516,17 @@ def test_names_and_patterns():
     assert "h.0.a" not in found
 
 
+def test_patterns_that_a_name_does_not_fit():
+    raw = dict.fromkeys(["hs.0", "hs.1", "a.1.b.1", "a.1.b.2", "h.01.x", "h.x.x"], np.ones(1))
+    text = """
+        "hs.{i}" = "layers.{i-1}:add"
+        "a.{i}.b.{i}" = "layers.{i}:relu"
+    """
+    assert list(mapped(text, raw)) == ["hs.0", "layers.0:add", "layers.1:relu", "a.1.b.2", "h.01.x", "h.x.x"]
+    with pytest.raises(MappingError, match="names nothing of theirs"):
+        mapped('"h.{i}.x" = "layers.{i}:add"', raw)
+
+
 def heads(array, count=3):
     return array.reshape(*array.shape[:-1], count, -1)
 
@@ -533,7 +544,7 @@ LAYOUTS = {
     "scale = 0.5, shift = -1": 2 * X + 2,
     'part = "query", layout = "blocked"': np.concatenate([X, *THREE[1:]], -1),
     'part = "key", layout = "blocked", heads = 3': np.concatenate([THREE[0], X, THREE[2]], -1),
-    'part = "value", layout = "interleaved", heads = 3': np.stack([heads(a) for a in (*THREE[:2], X)], -2).reshape(2, 7, 36),
+    'part = "value", layout = "interleaved", heads = 4': np.stack([heads(a, 4) for a in (*THREE[:2], X)], -2).reshape(2, 7, 36),
     'axes = [1, 0, 2], part = "query", layout = "blocked"': np.concatenate([X, *THREE[1:]], -1).transpose(1, 0, 2),
 }
 
@@ -706,6 +717,16 @@ def test_a_proposal_does_not_decide_what_cannot_be_told():
     twice = proposed({"a": relu, "b": relu}, model, inputs, "x")
     assert [entry.theirs for entry in NameMap.parse(twice.encode(), "p.toml").entries] == ["a"]
     assert '# "b" is "layers.0:relu" as well, like "a"' in twice
+
+
+def test_a_proposal_has_no_pattern_for_what_was_not_found():
+    model, inputs = small("opt"), inputs_of("opt")
+    steps = run_of(model, inputs)
+    raw = {f"r.{i}": steps[f"layers.{i}:relu"] for i in (0, 1)}
+    assert '"r.{i}" = "layers.{i}:relu"' in proposed(raw, model, inputs, "x")
+    more = proposed({**raw, "r.2": steps["layers.1:relu"] + 1}, model, inputs, "x")
+    assert "{i}" not in more
+    assert [entry.theirs for entry in NameMap.parse(more.encode(), "p").entries] == ["r.0", "r.1"]
 
 
 def test_a_proposal_is_text_that_is_given_back():
