@@ -317,12 +317,13 @@ def test_a_process_that_copies_what_it_was_given(tmp_path):
     ("body", "words"),
     [
         ("print('what I wanted to say', file=sys.stderr); sys.exit(3)", "gives exit status 3; it said: what I wanted to say"),
-        ("print('x' * 100_000 + 'the end'); sys.exit(1)", "x{1000}the end"),
+        ("print('x' * 100_000 + 'the end'); sys.exit(1)", "it said: x{293}the end$"),
         ("os.kill(os.getpid(), 9)", "was ended by signal 9; it said: nothing"),
         ("pass", "exit status 0 and writes no file output.safetensors"),
         ("open(sys.argv[2], 'w').write('nonsense')", "writes no sound output: .*not a sound safetensors file"),
         ("os.symlink('/etc/passwd', sys.argv[2])", "writes no file"),
-        ("1 / 0", "exit status 1; it said: .*ZeroDivisionError"),
+        ("1 / 0", "exit status 1; it said: ZeroDivisionError: division by zero$"),
+        ("print('\\x1b[31m'); sys.exit(1)", "it said: \\?\\[31m$"),
     ],
 )
 def test_a_process_that_fails(tmp_path, body, words):
@@ -568,6 +569,8 @@ def test_heads_are_split():
     [
         ("x =", "not valid TOML"),
         ("\xff", "not valid TOML"),
+        ("x = " + "1" * 5000, "not valid TOML"),
+        ("x = " + "[" * 5000, "not valid TOML"),
         ("x = 3", "entry 'x': wanted a step or a table, found 3"),
         ("h.0.a = 'b'", "entry 'h': says no `step` \\(a name with dots in it must be in quotes\\)"),
         ("x = { axes = [0] }", "entry 'x': says no `step`"),
@@ -587,7 +590,7 @@ def test_heads_are_split():
         ("x = { step = 'a', shift = true }", "shift is True, wanted a number"),
         ("'a{i}' = 'b{j}'", "step 'b{j}' has {j}, which is not in the name of theirs"),
         ("'a{i+1}' = 'b{i}'", "{i\\+1} cannot stand in a name of theirs"),
-        ("'y' = 'a'", "entry 'y': names nothing of theirs; near are x"),
+        ("'y' = 'a'", "entry 'y': names nothing of theirs; near are 'x'"),
         ("'y{i}' = 'a'", "entry 'y{i}': names nothing of theirs"),
         ("'x' = 'other'", "would both be step 'other'"),
         ("'x' = ['a', 'a']", "would both be step 'a'"),
