@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, replace
@@ -338,7 +339,12 @@ def cannot_run() -> Iterator[None]:
     """Whatever goes wrong inside has the exit status 2: that of 1 is kept for an implementation that diverges."""
     try:
         yield
-    except (CandidateError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, AcceleratorError):
+    except CandidateError as error:
+        said = getattr(error, "said", "")
+        if "\n" in said:  # of a single line the error has all
+            say(textwrap.indent(said, "  | "))
+        raise
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, AcceleratorError):
         raise
     except MemoryError as error:
         raise CandidateError(f"not enough memory: {error}") from error

@@ -344,6 +344,16 @@ def test_a_process_that_takes_our_values(run, here):
     assert verified(run, None, *options)[0] == CANNOT_RUN
 
 
+def test_what_a_process_said_is_shown(run, here):
+    (here / "failing.py").write_text("import sys\nprint('first', file=sys.stderr)\nprint('second')\nsys.exit(4)\n")
+    status, out, err = verified(run, None, "--exec", f"{sys.executable} failing.py")
+    assert (status, out) == (CANNOT_RUN, "")
+    *said, line = err.splitlines()
+    assert sorted(said) == ["  | first", "  | second"]
+    assert line.startswith("refmodels: error: ")
+    assert "gives exit status 4; it said: " in line
+
+
 def test_dumps(run, tmp_path):
     model, inputs = small("opt"), inputs_of("opt", lengths=[7, 3])
     steps = run_of(model, inputs)
@@ -446,7 +456,9 @@ def test_verify_op_of_a_wrong_one(run):
     assert status == DIVERGES
     line = next(line for line in out.splitlines() if "refmodels verify-op" in line).split()[1:]
     assert run(*line)[0] == DIVERGES
-    found = json.loads(run(*line, "--json")[1])
+    status, out, _ = run(*line, "--json")
+    found = json.loads(out)
+    assert status == DIVERGES
     assert (found["right"], found["checked"][0]["examples"]) == (False, 1)
     assert found["checked"][0]["failures"][0]["op"] == "masked_softmax"
 

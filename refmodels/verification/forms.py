@@ -46,6 +46,15 @@ INPUT_NAMES = {
 """What others call the inputs -> what they are here."""
 
 
+class ProcessError(CandidateError):
+    """A process that failed; `said` are its last words, of which the message has the last line."""
+
+    def __init__(self, problem: str, said: str) -> None:
+        self.said = "".join(c if c.isprintable() or c == "\n" else "?" for c in said.expandtabs())
+        last = self.said.rpartition("\n")[2][-300:]
+        super().__init__(f"{problem}; it said: {last or 'nothing'}")
+
+
 class Form(Candidate):
     """A candidate that gives arrays by any names; a `NameMap` makes our steps of them.
 
@@ -298,11 +307,9 @@ class ProcessForm(Form):
         given.unlink()
         if status != 0:
             how = f"was ended by signal {-status}" if status < 0 else f"gives exit status {status}"
-            raise CandidateError(f"{self.name} {how}; it said: {said or 'nothing'}")
+            raise ProcessError(f"{self.name} {how}", said)
         if not output.is_file() or output.is_symlink():
-            raise CandidateError(
-                f"{self.name} gives exit status 0 and writes no file {output.name}; it said: {said or 'nothing'}"
-            )
+            raise ProcessError(f"{self.name} gives exit status 0 and writes no file {output.name}", said)
         try:
             return self._stack.enter_context(open_trace(output))
         except CheckpointError as error:
@@ -323,8 +330,8 @@ class ProcessForm(Form):
             try:
                 status = process.wait(self._timeout)
             except subprocess.TimeoutExpired:
-                words = f"{self.name} has not ended after {self._timeout:g} seconds"
-                raise CandidateError(f"{words}; it said: {_last_words(said) or 'nothing'}") from None
+                problem = f"{self.name} has not ended after {self._timeout:g} seconds"
+                raise ProcessError(problem, _last_words(said)) from None
             finally:
                 with suppress(ProcessLookupError, PermissionError):  # itself and what it started
                     os.killpg(process.pid, signal.SIGKILL)

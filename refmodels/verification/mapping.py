@@ -133,6 +133,10 @@ def _reshaped(array: Array, value: Any, shape: Callable[[], tuple[int, ...]]) ->
         raise ValueError(f"reshape = {value}: {array.shape} does not fill {tuple(wanted)}") from None
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:200]) for name in names) or "none at all"
+
+
 # -- the file ---------------------------------------------------------------------------------------------------------------
 
 
@@ -154,8 +158,8 @@ class NameMap:
         """The map in this text."""
         try:
             table = tomllib.loads(content.decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MappingError(f"{source}: not valid TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
+            raise MappingError(f"{source}: not valid TOML: {str(error)[:300]}") from None
         if len(table) > MAX_ENTRIES:
             raise MappingError(f"{source}: {len(table)} entries, wanted at most {MAX_ENTRIES}")
         return cls([entry for theirs, value in table.items() for entry in _entries(source, theirs, value)])
@@ -178,7 +182,7 @@ class NameMap:
         idle = next((entry for entry in self.entries if id(entry) not in used), None)
         if idle is not None:
             near = difflib.get_close_matches(idle.theirs, raw, 3, 0.0)
-            raise MappingError(f"{idle.label}: names nothing of theirs; near are {', '.join(near) or 'none at all'}")
+            raise MappingError(f"{idle.label}: names nothing of theirs; near are {_listed(near)}")
         return Renamed(raw, sources, shape)
 
     def _steps(self, name: str, family: str) -> Iterator[tuple[str, Entry | None]]:

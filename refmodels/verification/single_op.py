@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from refmodels.accelerator import Accelerator
 from refmodels.conformance import Checked, searched
 from refmodels.op import OPS, Op
@@ -20,15 +22,15 @@ def check_function(
     """Hold a function to `op`. CandidateError if it cannot be called as the op is, or takes none of the examples.
 
     It is given the op's arguments by their names, those that it has; without any of these names, by their order. A call that
-    needs an argument which it has not is not tried, unless that is at its default.
+    needs an argument which it has not is not tried, unless that is at its default. Arrays that are strided, reversed or
+    read-only come as plain copies, as other packages cannot take them.
     """
     takes, by_order = _arguments(op, function, name)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = op.signature.bind(*args, **kwargs).arguments
-        if by_order:
-            return _arrays(name, function(*(given[parameter] for parameter in takes if parameter in given)))
-        return _arrays(name, function(**{parameter: value for parameter, value in given.items() if parameter in takes}))
+        bound = op.signature.bind(*args, **kwargs).arguments
+        given = {key: value if key in op.mutates else _plain(value) for key, value in bound.items() if key in takes}
+        return _arrays(name, function(*given.values()) if by_order else function(**given))
 
     def when(*args: Any, **kwargs: Any) -> bool | str:
         for parameter, value in op.signature.bind(*args, **kwargs).arguments.items():
@@ -82,6 +84,16 @@ def _arguments(op: Op[..., Any], function: Callable[..., Any], name: str) -> tup
     if missing or unknown or (by_order and len(own) > len(wanted)):
         raise CandidateError(f"{name} takes ({', '.join(own)}), and {op.name} has ({', '.join(wanted)})")
     return taken, by_order
+
+
+def _plain(value: Any) -> Any:
+    """The same with every array in rows and writeable."""
+    if isinstance(value, np.ndarray):
+        plain = value.flags.c_contiguous and value.flags.writeable and min(value.strides, default=0) >= 0  # 1 can be reversed
+        return value if plain else value.copy(order="C")
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, list) else value
 
 
 def _arrays(name: str, result: Any) -> Any:
