@@ -76,6 +76,7 @@ ARROWS = {
     "cli": EVERYTHING,
     "cli_check": {"accelerator", "conformance", "printing"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
+    "cli_audit": {"backbone", "files", "printing", "verification"},
     "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
@@ -87,6 +88,7 @@ ARROWS = {
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
+    "cli_audit": {"task"},
     "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
     "preprocessors": {"loading"},
