@@ -274,6 +274,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.add_argument("--junit", metavar="FILE", help="also write FILE in JUnit's form")
 
+    audit = commands.add_parser("audit", help="say where a low type overflows or loses precision", description=_AUDIT)
+    audit.set_defaults(command=audit_command)
+    audit.add_argument("preset", metavar="PRESET", help="a name that `refmodels presets` lists, a directory or a handle")
+    audit.add_argument("--dtype", metavar="TYPE", default="float16", help="float16 or bfloat16 (default: float16)")
+    audit.add_argument("--text", metavar="FILE", help="run on the tokens of this text (default: random tokens)")
+    audit.add_argument("--tokens", type=_positive, default=64, metavar="N", help="of so many tokens at most (default: 64)")
+    audit.add_argument(
+        "--target", type=float, metavar="X", help="largest error of the logits, relative to them (default: 8 roundings)"
+    )
+    audit.add_argument("--json", action="store_true", help="print one JSON object")
+
     vectors = commands.add_parser("vectors", help="write golden vectors of every op and family", description=_VECTORS)
     vectors.set_defaults(command=vectors_command)
     vectors.add_argument("directory", metavar="DIR", help="where the files are, or are to be")
@@ -373,6 +384,10 @@ _OPS = "List the ops. x[*b n]: an array whose last axis has size n; ?: may be le
 _CHECK = (
     "Draw examples of every op and law of models, run them on an accelerator, and hold its results to the reference by the "
     "ops' error models. What is wrong is shown in the smallest example found, with a line to paste that shows it again."
+)
+_AUDIT = (
+    "Run a model in float64 and round, kind of step by kind of step, to a low type; say where it overflows, what rounding does "
+    "to the logits, and the cheapest set of steps to keep in float32. Exit status: 0 the target is met so, 1 it is not."
 )
 _VECTORS = (
     "Write golden vectors, for those who do not run Python: a safetensors file for every op, and traces of a small model of "
@@ -669,6 +684,14 @@ def check_command(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         **options,
     )
+
+
+def audit_command(arguments: argparse.Namespace) -> int:
+    """`refmodels audit`."""
+    from refmodels.cli_audit import print_audit
+
+    options = {name: getattr(arguments, name) for name in ("text", "tokens", "target")}
+    return print_audit(arguments.preset, arguments.dtype, as_json=arguments.json, **options)
 
 
 def vectors_command(arguments: argparse.Namespace) -> int:

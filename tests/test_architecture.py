@@ -78,6 +78,7 @@ ARROWS = {
     "cli_check": {"accelerator", "conformance", "junit", "printing"},
     "cli_verify": {"__init__", "accelerator", "backbone", "op", "printing", "verification"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
+    "cli_audit": {"backbone", "files", "printing", "verification"},
     "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
@@ -89,6 +90,7 @@ ARROWS = {
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
+    "cli_audit": {"task"},
     "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
     "cli_verify": {"conformance", "files", "numerics", "preprocessors", "trace"},
