@@ -124,7 +124,7 @@ def verify(
     """Judge a candidate beside `model`, which has its weights, in its type. All cases are tried (default: `cases`)."""
     arithmetic = Arithmetic(candidate.dtype, candidate.products)
     results: list[CaseResult] = []
-    named: dict[str, set[str]] = {}  # trying every fault takes as long as many runs: a step's next case tries those that fitted
+    named: dict[str, set[str]] = {}  # trying every fault takes as long as many runs: the next case tries what fitted
     for case in cases(model) if tried is None else tried:
 
         def arrived(step: Step, name: str = case.name) -> None:
@@ -137,12 +137,10 @@ def verify(
         report = replay(model, case.inputs, theirs, arithmetic=arithmetic, substitutes=substitutes, progress=arrived)
         findings: list[Finding] = []
         if report.first is not None:
-            step, known = report.first.name, named.get(report.first.name, set())
-            for faults in ([fault for fault in FAULTS if fault.name in known], FAULTS):
-                findings = findings or diagnose(
-                    model, case.inputs, theirs, step, arithmetic=arithmetic, substitutes=substitutes, faults=faults
-                )
-            named.setdefault(step, set()).update(finding.name for finding in findings)
+            step = report.first.name
+            faults = FAULTS if step not in named else [fault for fault in FAULTS if fault.name in named[step]]
+            findings = diagnose(model, case.inputs, theirs, step, arithmetic=arithmetic, substitutes=substitutes, faults=faults)
+            named.setdefault(step, {finding.name for finding in findings})
         evidence = gather(model, case.inputs, theirs, report, arithmetic=arithmetic, substitutes=substitutes)
         results.append(CaseResult(case, report, tuple(findings), evidence))
     return Verification(candidate.name, model.name, str(arithmetic), tuple(results), facts=candidate.facts())
