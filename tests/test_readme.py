@@ -1,7 +1,7 @@
 """The README's examples run, and give what it shows.
 
-Python blocks are doctests. In `console` blocks each `$ refmodels ...` must print the lines below it; in a block marked
-`timings` the figures may differ. `pip install` is left to `.ci/run`, which does it on a clean machine.
+Python blocks are doctests, or files for the commands below them if the line above names one (`port.py`:). In `console` blocks
+each `$ refmodels ...` must print the lines below it; in a block marked `timings` or `figures` the figures may differ. `pip install` is left to `.ci/run`, which does it on a clean machine.
 """
 
 import doctest
@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCE = re.compile(r"^```console(?P<mark> timings)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"`(?P<name>\w+\.py)`:\n\n```python\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```console(?P<mark> timings| figures)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands(text):
@@ -50,13 +51,15 @@ def test_command(command, shown, timings, tmp_path):
     assert shutil.which("refmodels", path=str(Path(sys.executable).parent)), (
         "install the project first: pip install -e '.[test]'"
     )
+    for file in FILE.finditer(README):
+        (tmp_path / file["name"]).write_text(file["body"], encoding="utf-8")
     found = printed(command, tmp_path)
     assert (figures_aside(found) == figures_aside(shown)) if timings else (found == shown)
 
 
 def test_there_are_commands():
     assert len(EXAMPLES) >= 6
-    assert sum(timings for *_, timings in EXAMPLES) == 1
+    assert sum(timings for *_, timings in EXAMPLES) == 2
 
 
 def test_python_examples():
