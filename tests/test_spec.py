@@ -244,5 +244,5 @@ def test_tables_of_numerics():
 
 
 def test_every_document_is_listed():
-    listed = set(re.findall(r"\]\(([\w.]+\.md)\)", text("README")))
+    listed = set(re.findall(r"\]\(([\w.-]+\.md)\)", text("README")))
     assert listed == {path.name for path in DOCUMENTS} - {"README.md"}
