@@ -102,6 +102,8 @@ class KerasHubCandidate(Candidate):
         if self.family == "bloom":
             yield self.backbone.embeddings_layer_norm, "call", steps.output("embedding_layernorm:layer_norm")
             yield self.backbone.layer_norm, "call", steps.output("final_layernorm:layer_norm")
+            first = self.backbone.transformer_layers[0]._self_attention_layer
+            yield first._alibi_layer, "_get_alibi_bias", steps.alibi("bloom_backbone:alibi_bias")
         if self.family == "t5":
             yield self.backbone.encoder_layer_norm, "call", steps.output("encoder.layer_norm:rms_norm")
             yield self.backbone.decoder_layer_norm, "call", steps.output("decoder.layer_norm:rms_norm")
@@ -197,6 +199,15 @@ class _Steps:
         def seen(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.add(f"{at}:attention_scores", args[0])
             self.add(f"{at}:masked_softmax", output)
+
+        return seen
+
+    def alibi(self, name: str) -> Seen:
+        """A bias (1, h, 1, s) that counts from the last key: ours counts from the query, and the softmax sees no difference."""
+
+        def seen(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            row = _array(output).astype(np.float64)[:, :, 0]
+            self.add(name, row[:, :, None, :] - row[:, :, :, None])
 
         return seen
 
