@@ -1,7 +1,8 @@
 """The README's examples run, and give what it shows.
 
 Python blocks are doctests, or files for the commands below them if the line above names one (`port.py`:). In `console` blocks
-each `$ refmodels ...` must print the lines below it; in a block marked `timings` or `figures` the figures may differ. `pip install` is left to `.ci/run`, which does it on a clean machine.
+each `$ refmodels ...` must print the lines below it; in a block marked `timings` or `figures` the figures may differ. `pip
+install` is left to `.ci/run`, which does it on a clean machine.
 """
 
 import doctest

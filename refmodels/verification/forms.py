@@ -149,11 +149,19 @@ class ObjectForm(Form):
         return None if result is None else as_array(self.name, method, result)
 
 
+PACKAGES = ("keras_hub", "transformers")
+"""Packages whose own models are verified by their bare names."""
+
+
 def load_object(spec: str) -> Any:
-    """What `mypkg.model:build` names. The current directory is looked in first. CandidateError says what is not there."""
+    """What `mypkg.model:build` names, or a package by its bare name. The current directory is looked in first. CandidateError
+    says what is not there."""
+    if spec in PACKAGES:
+        spec = f"refmodels.verification.adaptors.{spec}:build"
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
-        raise CandidateError(f"{spec!r} is no Python object: wanted MODULE:NAME, such as mypkg.model:build")
+        known = ", ".join(PACKAGES)
+        raise CandidateError(f"{spec!r} is no Python object: wanted MODULE:NAME, such as mypkg.model:build, or {known}")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -174,8 +182,8 @@ def load_object(spec: str) -> Any:
 
 
 def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **options: Any) -> Form:
-    """What `mypkg.model:build` makes: it is called with `checkpoint=`, a directory with our weights as Hugging Face's files, if
-    it takes that, and may give a function, a `Candidate` or another object with `run`."""
+    """What `mypkg.model:build` makes. It is called with `checkpoint=`, a directory with our weights as Hugging Face's files, and
+    `model=`, our backbone, if it takes those; it may give a function, a `Candidate` or another object with `run`."""
     build = load_object(spec)
     if not callable(build):
         return _python_form(spec, build, model, options)
@@ -188,12 +196,14 @@ def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **op
         for parameter in parameters
         if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    if set(needed) - {"checkpoint"}:
+    if set(needed) - {"checkpoint", "model"}:
         raise CandidateError(
             f"{spec} takes {', '.join(needed)}: wanted a function without arguments, or with checkpoint, that gives the model"
         )
-    takes = any(parameter.name == "checkpoint" for parameter in parameters)
-    arguments = {"checkpoint": checkpoint()} if takes else {}
+    taken = {parameter.name for parameter in parameters}
+    arguments: dict[str, Any] = {"checkpoint": checkpoint()} if "checkpoint" in taken else {}
+    if "model" in taken:
+        arguments["model"] = model
     try:
         built = build(**arguments)
     except CandidateError:
@@ -201,7 +211,7 @@ def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **op
     except Exception as error:
         raise CandidateError(f"{spec} fails: {_reason(error)}") from error
     form = _python_form(spec, built, model, options)
-    form.takes_checkpoint = takes
+    form.takes_checkpoint = bool(arguments)
     return form
 
 

@@ -67,10 +67,14 @@ def replay(
     arithmetic = arithmetic or Arithmetic(model.compute_dtype)
     steps: list[Step] = []
 
+    covered: set[str] = set()
+
     def arrived(sight: Sight) -> None:
         if sight.theirs is not None:
             steps.append(judge(sight, arithmetic))
             progress(steps[-1])
+        elif sight.op.composite and sight.result.given:  # it gives what a step inside it gave, which is theirs
+            covered.add(sight.name)
 
     lanes = (*LOCAL, *THROUGH) if through else LOCAL
     run = Run(model, arithmetic, arrived, theirs=theirs, substitutes=substitutes, lanes=lanes).through(inputs)
@@ -99,7 +103,7 @@ def replay(
     if astray and all(step.ok for step in steps):
         again = second_look(astray, adopts=False)
         steps = [replace(step, through=again[step.name].local) if step.name in again else step for step in steps]
-    absent = tuple(name for name in run.names if name not in theirs)
+    absent = tuple(name for name in run.names if name not in theirs and name not in covered)
     unknown = tuple(name for name in theirs if name not in run.names)
     return Report(tuple(steps), absent, unknown, str(arithmetic))
 

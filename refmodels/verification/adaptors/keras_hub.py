@@ -7,6 +7,7 @@ The model runs eagerly, and the methods of its layers are wrapped while it does:
 seen, whatever the backend. Not to be seen are the scores of T5, and of OPT where Keras takes a fused attention.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,21 @@ FAMILIES = {"OPTBackbone": "opt", "BloomBackbone": "bloom", "T5Backbone": "t5"}
 
 Seen = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
 """`seen(args, kwargs, output)` after a call; what it returns, if not None, is the output in its place."""
+
+
+def build(model: Backbone) -> "KerasHubCandidate":
+    """What `refmodels verify keras_hub` runs: KerasHub's class with the weights and the type of `model`.
+
+    CandidateError if KerasHub is not installed.
+    """
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise CandidateError(f"{error}: pip install keras-hub, and PyTorch, JAX or TensorFlow") from None
+    with tempfile.TemporaryDirectory(prefix="refmodels-") as place:
+        model.save_to_preset(place)
+        backbone = keras_hub.models.Backbone.from_preset(place, dtype=model.config.dtype)
+    return KerasHubCandidate(backbone, model)
 
 
 class KerasHubCandidate(Candidate):

@@ -47,6 +47,21 @@ def backbone_of(model: Any, dtype: str | None = None) -> Backbone:
     return huggingface_backbone(config, tensors, place, dtype=dtype or _type_name(model))
 
 
+def build(checkpoint: Path, model: Backbone) -> "TransformersCandidate":
+    """What `refmodels verify transformers` runs: the class of Transformers for these files, with attention that can be seen.
+
+    CandidateError if Transformers or PyTorch is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise CandidateError(f"{error}: pip install torch transformers") from None
+    kind = getattr(transformers, next(name for name, family in FAMILIES.items() if family == model.family))
+    dtype = getattr(torch, model.compute_dtype)
+    return TransformersCandidate(kind.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval())
+
+
 def _stored(place: Path, name: str, tensor: Any) -> Tensor:
     return Tensor(place, name, tuple(tensor.shape), numpy_dtype(_type_name(tensor)), lambda: _array(tensor))
 
