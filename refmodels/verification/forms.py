@@ -182,8 +182,8 @@ def load_object(spec: str) -> Any:
 
 
 def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **options: Any) -> Form:
-    """What `mypkg.model:build` makes. It is called with `checkpoint=`, a directory with our weights as Hugging Face's files, and
-    `model=`, our backbone, if it takes those; it may give a function, a `Candidate` or another object with `run`."""
+    """What `mypkg.model:build` makes. It is called with `checkpoint=`, a directory with our weights as Hugging Face's files,
+    and `model=`, our backbone, if it takes those; it may give a function, a `Candidate` or another object with `run`."""
     build = load_object(spec)
     if not callable(build):
         return _python_form(spec, build, model, options)

@@ -26,12 +26,13 @@ FIRST_MOVED = 4
 
 class Value:
     """An array in every lane. `given`: it came from outside or was only moved about since, so that it is exactly what the next
-    step was given. `terms`: the longest axis of whatever it was computed from since then."""
+    step was given. `theirs`: it is what they gave for a step. `terms`: the longest axis of whatever it was computed from since
+    then."""
 
-    __slots__ = ("given", "lanes", "terms")
+    __slots__ = ("given", "lanes", "terms", "theirs")
 
-    def __init__(self, lanes: Sequence[Array], *, given: bool, terms: int = 1) -> None:
-        self.lanes, self.given, self.terms = tuple(lanes), given, terms
+    def __init__(self, lanes: Sequence[Array], *, given: bool, terms: int = 1, theirs: bool = False) -> None:
+        self.lanes, self.given, self.terms, self.theirs = tuple(lanes), given, terms, theirs
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def replay(
         if sight.theirs is not None:
             steps.append(judge(sight, arithmetic))
             progress(steps[-1])
-        elif sight.op.composite and sight.result.given:  # it gives what a step inside it gave, which is theirs
+        elif sight.op.composite and sight.result.theirs:  # it gives what a step inside it gave, which is theirs
             covered.add(sight.name)
 
     lanes = (*LOCAL, *THROUGH) if through else LOCAL

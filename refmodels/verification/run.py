@@ -208,7 +208,7 @@ class Run:
                 lanes.append(ours)
             else:
                 lanes.append(chosen if sight.selected is None else np.where(sight.selected, chosen, ours))
-        return Value(lanes, given=True)
+        return Value(lanes, given=True, theirs=True)
 
     # -- what counts --------------------------------------------------------------------------------------------------------
 
