@@ -144,8 +144,10 @@ def _bias_bound(arithmetic: Arithmetic, bias: Array, scores: Array | None = None
 
 def _condition(sight: Sight, edit: Edit | None) -> Array | None:
     """The op on absolute values; of scores without the position bias, which is not to be rounded as they are."""
+    if sight.op.error.kind == "exact" and edit is None:
+        return np.abs(sight.lane(TRUTH))
     resolve, place = Resolver(0.0, lambda array: ""), sight.places[TRUTH]
-    wide = {key: _absolute(resolve(value, TRUTH, place)) for key, value in sight.arguments.items()}
+    wide = {key: _absolute(resolve(value, TRUTH, place), isinstance(value, Value)) for key, value in sight.arguments.items()}
     if sight.op.name == "attention_scores":
         wide["bias"] = None
     with np.errstate(all="ignore"):
@@ -156,8 +158,11 @@ def _condition(sight: Sight, edit: Edit | None) -> Array | None:
     return np.abs(found) if isinstance(found, np.ndarray) else None
 
 
-def _absolute(value: Any) -> Any:
-    return np.abs(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+def _absolute(value: Any, theirs: bool) -> Any:
+    """Absolute values: in the place of a parameter's own wide copy, which may be large."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        return value
+    return np.abs(value) if theirs or not value.flags.owndata else np.abs(value, out=value)
 
 
 def _towards(got: Array, truth: Array, allowance: Array | float) -> Array:

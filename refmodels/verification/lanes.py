@@ -24,6 +24,10 @@ OWN, TRUTH, OWN_THROUGH, TRUTH_THROUGH = range(4)
 FIRST_MOVED = 4
 
 
+PIECE = 2**20
+"""So many numbers are moved at a time, as a table of tokens has hundreds of millions."""
+
+
 class Value:
     """An array in every lane. `given`: it came from outside or was only moved about since, so that it is exactly what the next
     step was given. `theirs`: it is what they gave for a step. `terms`: the longest axis of whatever it was computed from since
@@ -92,10 +96,11 @@ def is_wide(lane: int) -> bool:
 
 
 class Resolver:
-    """The arguments of one call in each lane. Parameters are widened once, however many lanes want them so."""
+    """The arguments of one call in each lane. Parameters are widened once, however many lanes want them so; with
+    `widens=False`, not at all."""
 
-    def __init__(self, movement: float, names: Callable[[Array], str]) -> None:
-        self._movement, self._names = movement, names
+    def __init__(self, movement: float, names: Callable[[Array], str], *, widens: bool = True) -> None:
+        self._movement, self._names, self._widens = movement, names, widens
         self._wide: dict[int, Array] = {}
 
     def __call__(self, value: Any, lane: int, place: int) -> Any:
@@ -111,7 +116,7 @@ class Resolver:
         return widened(value) if is_wide(lane) else value
 
     def _parameter(self, array: Array, lane: int) -> Array:
-        if not is_wide(lane) or array.dtype.kind in "iub":
+        if not self._widens or not is_wide(lane) or array.dtype.kind in "iub":
             return array
         if id(array) not in self._wide:
             self._wide[id(array)] = array.astype(np.float64)
@@ -121,6 +126,10 @@ class Resolver:
 
 def moved(wide: Array, by: float, lane: int, name: str) -> Array:
     """Every number times 1 + by or 1 - by, at random: the same for the same lane and name."""
-    bits = np.random.default_rng([lane, zlib.crc32(name.encode())]).integers(0, 2, wide.shape, np.int8)
+    generator, flat = np.random.default_rng([lane, zlib.crc32(name.encode())]), wide.reshape(-1)
+    result = np.empty(flat.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # what stands for minus infinity in a mask of theirs
-        return wide * (1.0 + by * (2 * bits - 1))
+        for start in range(0, flat.size, PIECE):
+            part = flat[start : start + PIECE]
+            result[start : start + PIECE] = part * (1.0 + by * (2 * generator.integers(0, 2, part.size, np.int8) - 1))
+    return result.reshape(wide.shape)

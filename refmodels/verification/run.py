@@ -146,7 +146,9 @@ class Run:
         arrays = [value for value in arguments.values() if isinstance(value, Value | np.ndarray)]
         longest = max((max(array.shape, default=1) for array in arrays), default=1) or 1
         terms = max([longest, *(value.terms for value in values)])
-        resolve = Resolver(self._arithmetic.movement(terms), lambda array: self._parameter_names.get(id(array), ""))
+        by, moves = self._arithmetic.movement(terms), op.error.kind == "exact"
+        # What only moves numbers is done before they are widened: a table of tokens is large, the rows of a text are few.
+        resolve = Resolver(by, lambda array: self._parameter_names.get(id(array), ""), widens=not moves)
         done: dict[tuple[int, ...], Any] = {}
         results = []
         for place, lane in enumerate(self._lanes):
@@ -155,6 +157,10 @@ class Run:
                 resolved = {key: resolve(value, lane, place) for key, value in arguments.items()}
                 with np.errstate(all="ignore"):  # infinities and NaN of theirs are judged, not warned of
                     done[key] = self._called(op, name, resolved)
+                if moves and is_wide(lane) and isinstance(done[key], np.ndarray) and done[key].dtype.kind not in "iub":
+                    done[key] = done[key].astype(np.float64, copy=False)
+                    if lane >= FIRST_MOVED and not _any_float(values):
+                        done[key] = moved(done[key], by, lane, name)
             results.append(done[key])
         if not isinstance(results[0], np.ndarray):
             return results[0]
@@ -265,6 +271,11 @@ class Run:
         if shape[0] == 1:  # one bias for all rows: where any row uses it
             selected = np.asarray(selected.any(0, keepdims=True))
         return np.broadcast_to(selected, shape)
+
+
+def _any_float(values: Sequence[Value]) -> bool:
+    """Whether any of these holds numbers that are rounded, and so was moved itself."""
+    return any(value.dtype.kind not in "iub" for value in values)
 
 
 def _typed(array: Array, ours: np.dtype[Any]) -> Array:
