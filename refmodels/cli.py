@@ -21,7 +21,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from refmodels import __version__
-from refmodels.printing import aligned, byte_size, print_json, print_rows, progress, say, write
+from refmodels.printing import aligned, byte_size, print_json, print_rows, printable, progress, say, write
 
 if TYPE_CHECKING:
     from refmodels.accelerator import Accelerator
@@ -36,6 +36,9 @@ FASTEST_FIRST = ("cupy", "numba")
 SAMPLERS = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 WIDTH = 120
+
+LONGEST_ERROR = 4000
+"""Characters of the line that says what went wrong: strangers choose some of them."""
 
 ERROR, USAGE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 """Exit statuses; the last two are what a shell reports for a program that SIGPIPE or SIGINT ended."""
@@ -67,10 +70,9 @@ def _run(argv: Sequence[str] | None) -> int:
         reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(argv)
-        status = arguments.command(arguments)
-    except SystemExit as exit:  # argparse: after --help, --version and errors
+    except SystemExit as exit:  # after --help, --version and errors
         return exit.code if isinstance(exit.code, int) else 0
-    return status or 0
+    return arguments.command(arguments) or 0
 
 
 def _status(error: Exception) -> int:
@@ -82,14 +84,15 @@ def _status(error: Exception) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()), LONGEST_ERROR)
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {text}' if text else ''}"
-    expected = isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ in (
+    names = {kind.__name__ for kind in type(error).__mro__}  # theirs are not imported for this alone
+    expected = isinstance(error, ValueError | OSError | ImportError) or names & {
         "AcceleratorError",
         "CandidateError",
         "CompileError",
-    )
+    }
     return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -332,6 +335,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for one run of CMD (default: 600)")
     group.add_argument("--no-laws", dest="laws", action="store_false", help="leave out what needs no reference")
     group = verify.add_argument_group("output")
+    group.add_argument("--all-steps", action="store_true", help="show every layer step by step, not the first wrong one alone")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--junit", metavar="FILE", help="also write FILE in JUnit's form")
     group.add_argument("--html", metavar="FILE", help="also write one self-contained page")

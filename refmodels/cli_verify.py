@@ -35,6 +35,7 @@ VERDICTS = {AGREES: "agrees", DIVERGES: "diverges", CANNOT_RUN: "cannot run", IN
 def verify_command(arguments: argparse.Namespace) -> int:
     """`refmodels verify`."""
     with cannot_run(), ExitStack() as stack:
+        check_files(arguments)
         with redirect_stdout(sys.stderr):  # whatever a candidate prints, and downloads
             model = loaded(arguments.like, arguments.dtype)
             form = form_of(arguments, model, stack)
@@ -48,6 +49,23 @@ def verify_command(arguments: argparse.Namespace) -> int:
             print(f"{arguments.propose}: read it, correct it, then give it as --mapping", flush=True)
             return AGREES
         return shown(verification, arguments)
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Say before the run what would fail only after it: a baseline that is none, a place that nothing can be written to."""
+    from refmodels.verification.report import read_baseline
+
+    if arguments.baseline is not None:
+        read_baseline(arguments.baseline)
+    if arguments.propose is not None and Path(arguments.propose).exists():
+        raise FileExistsError(f"{arguments.propose} is there already: a proposal replaces no file")
+    for path in filter(None, (arguments.propose, arguments.junit, arguments.html)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{path}: {Path(path).parent} is no directory")
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: a directory, wanted the file to write")
+    if arguments.reproduce is not None and Path(arguments.reproduce).exists() and not Path(arguments.reproduce).is_dir():
+        raise NotADirectoryError(f"{arguments.reproduce}: a file, wanted the directory to write to")
 
 
 def form_of(arguments: argparse.Namespace, model: Backbone, stack: ExitStack) -> "Form":
@@ -162,7 +180,7 @@ def shown(verification: Verification, arguments: argparse.Namespace) -> int:
         found = as_json(verification)
         print_json(found if arguments.baseline is None else {**found, "worse": [str(entry) for entry in worse]})
         return status
-    print(table(verification), flush=True)
+    print(table(verification, all_steps=arguments.all_steps), flush=True)
     if arguments.baseline is not None:
         print(
             "\n".join([f"\nworse than {arguments.baseline}:", *map(str, worse)] if worse else ["\nno worse than the baseline"])
@@ -350,6 +368,8 @@ def cannot_run() -> Iterator[None]:
         raise CandidateError(f"not enough memory: {error}") from error
     except BrokenPipeError:
         raise
+    except SystemExit as error:  # of theirs: a status of 0 would say that it agrees
+        raise CandidateError(f"the implementation ends Python with {error.code!r}") from error
     except Exception as error:
         words = " ".join(str(error).split())
         expected = isinstance(error, OSError | ImportError)
@@ -363,6 +383,4 @@ def _some(names: Any) -> str:
 def _write_text(path: Path, text: str) -> None:
     from refmodels.files import write_bytes
 
-    if path.exists():
-        raise FileExistsError(f"{path} is there already: a proposal replaces no file")
     write_bytes(path, text.encode())

@@ -91,6 +91,29 @@ def crash():
     return lambda inputs: 1 / 0
 
 
+def ends():
+    def f(inputs):
+        raise SystemExit(0)
+
+    return f
+
+
+def ends_at_once():
+    raise SystemExit
+
+
+class Ends:
+    def run(self, inputs, inject=None):
+        return {"logits": np.ones(3)}
+
+    def facts(self):
+        raise SystemExit(0)
+
+
+def unreadable():
+    return lambda inputs: {"\x1b[31m" + "x" * 10_000: np.ones(3)}
+
+
 def my_softmax(scores, mask):
     scores = np.where(mask.any(-1, keepdims=True), np.where(mask, scores, -np.inf), 0)
     weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
@@ -156,6 +179,16 @@ def test_what_is_wrong_diverges_where_it_is_wrong(run):
     assert "DIVERGES" in out
     assert "layers.1.self_attention.value:linear" in out
     assert err == ""
+
+
+def test_every_layer_step_by_step(run):
+    short, long = (verified(run, "wrong", "--case", "one row", *more)[1] for more in ((), ("--all-steps",)))
+    names = [
+        "  self_attention.value:linear",
+        "  feedforward_layer_norm:layer_norm",
+    ]  # in layer 1, which is wrong, and in layer 0
+    assert [sum(name in line for line in short.splitlines()) for name in names] == [1, 1]
+    assert [sum(name in line for line in long.splitlines()) for name in names] == [2, 2]
 
 
 def test_json(run):
@@ -241,6 +274,28 @@ def test_a_reproduction_fails_when_run(run, here, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
 
 
+def test_a_reproduction_runs_what_a_mapping_only_renames(run, here, tmp_path):
+    """So it shows when the implementation is right again."""
+    (here / "renamed.py").write_text(
+        "import os, theirs_cli\n\n\ndef build(checkpoint):\n"
+        "    wrong, right = theirs_cli.wrong(checkpoint), theirs_cli.steps(checkpoint)\n"
+        "    f = right if os.environ.get('RIGHT') else wrong\n"
+        "    return lambda inputs: {name.replace('layers.', 'block_'): a for name, a in f(inputs).items()}\n"
+    )
+    pattern = "self_attention.value:linear"
+    (tmp_path / "names.toml").write_text(f'"block_{{i}}.{pattern}" = "layers.{{i}}.{pattern}"\n')
+    options = ["--no-laws", "--case", "one row", "--mapping", tmp_path / "names.toml", "--reproduce", tmp_path / "small"]
+    status, _, _ = run("verify", "renamed:build", "--like", "preset", *options)
+    assert status == DIVERGES
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])}
+    for right, wanted in ((), 1), ((("RIGHT", "1"),), 0):
+        done = subprocess.run(
+            [sys.executable, tmp_path / "small" / "reproduce.py"],
+            capture_output=True, cwd=here, env=environment | dict(right), text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == wanted, done.stdout + done.stderr
+
+
 def test_nothing_to_reproduce(run, tmp_path):
     status, _, _ = verified(run, "right", "--case", "one row", "--reproduce", tmp_path / "small")
     assert status == AGREES
@@ -253,6 +308,21 @@ def test_nothing_to_reproduce(run, tmp_path):
         (["theirs_cli:nothing", "--like", "preset"], "no step to compare: theirs are mystery"),
         (["theirs_cli:crash", "--like", "preset"], "theirs_cli:crash fails on token_ids (1, 7), padding_mask (1, 7): Zero"),
         (["theirs_cli:unstable", "--like", "preset"], "RuntimeError: I take no single rows (theirs_cli.py, line"),
+        (
+            ["theirs_cli:ends", "--like", "preset"],
+            "theirs_cli:ends fails on token_ids (1, 7), padding_mask (1, 7): SystemExit: 0",
+        ),
+        (["theirs_cli:ends_at_once", "--like", "preset"], "theirs_cli:ends_at_once fails: SystemExit"),
+        (["theirs_cli:Ends", "--like", "preset"], "the implementation ends Python with 0"),
+        (["theirs_cli:unreadable", "--like", "preset"], "theirs are \\x1b[31mxxx"),
+        (["theirs_cli:crash", "--like", "preset", "--junit", "nowhere/x.xml"], "nowhere/x.xml: nowhere is no directory"),
+        (["theirs_cli:crash", "--like", "preset", "--html", "preset"], "preset: a directory, wanted the file to write"),
+        (
+            ["theirs_cli:crash", "--like", "preset", "--reproduce", "theirs_cli.py"],
+            "theirs_cli.py: a file, wanted the directory",
+        ),
+        (["theirs_cli:crash", "--like", "preset", "--baseline", "theirs_cli.py"], "theirs_cli.py: not valid JSON"),
+        (["theirs_cli:crash", "--like", "preset", "--propose", "theirs_cli.py"], "theirs_cli.py is there already"),
         (["theirs_cli:number", "--like", "preset"], "gives int, wanted a function"),
         (["theirs_cli:none", "--like", "preset"], "theirs_cli has no 'none'"),
         (["no_such_module:build", "--like", "preset"], "no module 'no_such_module'"),
@@ -277,6 +347,8 @@ def test_what_cannot_be_run(run, arguments, words):
     assert (status, out) == (CANNOT_RUN, "")
     assert line.startswith("refmodels: error: ")
     assert words in line
+    assert line.isprintable()
+    assert len(line) < 1000
 
 
 def test_an_interface_that_nobody_expected_is_no_divergence(run, monkeypatch):
@@ -323,7 +395,9 @@ def test_a_process(run, here):
         """)
     )
     command = f"{sys.executable} engine.py {{checkpoint}}"
-    assert verified(run, None, "--exec", command, "--case", "one row")[0] == AGREES
+    status, out, _ = verified(run, None, "--exec", command, "--case", "one row", "--json")
+    assert status == AGREES
+    assert json.loads(out)["facts"] == {"injected": ""}  # what it says of itself is shown
 
 
 def test_a_process_that_takes_our_values(run, here):
@@ -350,7 +424,7 @@ def test_what_a_process_said_is_shown(run, here):
     assert (status, out) == (CANNOT_RUN, "")
     *said, line = err.splitlines()
     assert sorted(said) == ["  | first", "  | second"]
-    assert line.startswith("refmodels: error: ")
+    assert line.startswith(f"refmodels: error: {sys.executable} ")
     assert "gives exit status 4; it said: " in line
 
 

@@ -171,7 +171,7 @@ def load_object(spec: str) -> Any:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise CandidateError(f"{spec}: no module {error.name!r}, neither in {here} nor on sys.path") from None
         raise CandidateError(f"{spec}: importing {module_name} fails: {_reason(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"{spec}: importing {module_name} fails: {_reason(error)}") from error
     for name in attribute.split("."):
         if not hasattr(found, name):
@@ -208,7 +208,7 @@ def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **op
         built = build(**arguments)
     except CandidateError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"{spec} fails: {_reason(error)}") from error
     form = _python_form(spec, built, model, options)
     form.takes_checkpoint = bool(arguments)
@@ -231,7 +231,7 @@ def as_array(owner: str, name: str, value: Any) -> Array:
             return np.asarray(value.float()).astype(numpy_dtype("bfloat16"))
     try:
         array = np.asarray(value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"{owner}: {name} is {type(value).__name__}, wanted an array: {_reason(error)}") from None
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise CandidateError(f"{owner}: {name} is {type(value).__name__} of dtype {array.dtype}, wanted an array of numbers")
@@ -257,11 +257,12 @@ def _text(owner: str, key: Any) -> str:
 
 
 def _called(owner: str, function: Callable[..., Any], inputs: Mapping[str, Array], *arguments: Any) -> Any:
+    """What it gives; CandidateError if it fails, or if it would end Python, as a script may: that is no exit status of ours."""
     try:
         return function(*arguments)
     except CandidateError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
         raise CandidateError(f"{owner} fails on {shapes}: {_reason(error)}") from error
 
@@ -306,6 +307,7 @@ class ProcessForm(Form):
         place = str(checkpoint()) if used else ""
         self._command = [word.replace("{checkpoint}", place) for word in words]
         self._timeout, self.injects = timeout, injects
+        self._facts: dict[str, str] = {}
         self._stack = ExitStack()
 
     def raw(self, inputs: Mapping[str, Array], inject: Mapping[str, Array] | None = None) -> StoredTrace:
@@ -321,9 +323,14 @@ class ProcessForm(Form):
         if not output.is_file() or output.is_symlink():
             raise ProcessError(f"{self.name} gives exit status 0 and writes no file {output.name}", said)
         try:
-            return self._stack.enter_context(open_trace(output))
+            found = self._stack.enter_context(open_trace(output))
         except CheckpointError as error:
             raise CandidateError(f"{self.name} writes no sound output: {error}") from None
+        self._facts |= found.facts
+        return found
+
+    def facts(self) -> dict[str, str]:
+        return dict(self._facts)
 
     def close(self) -> None:
         self._stack.close()

@@ -231,6 +231,11 @@ class Renamed(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._sources)
 
+    def unmoved(self, step: str) -> str | None:
+        """What they call this step, if theirs is taken as it is; None if its layout is changed, or if they do not give it."""
+        name, entry = self._sources.get(step, (None, None))
+        return None if entry is not None and entry.moves else name
+
     def label(self, step: str) -> str | None:
         """Where it is said that something of theirs is this step; None if it has that name itself."""
         entry = self._sources[step][1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from refmodels.backbone import Backbone
 from refmodels.op import Array
+from refmodels.printing import printable
 from refmodels.verification.judgement import Step, judge
 from refmodels.verification.lanes import OWN, Arithmetic
 from refmodels.verification.run import LOCAL, MOVED, THROUGH, Edit, Enough, Run, Sight
@@ -79,7 +80,7 @@ def replay(
     lanes = (*LOCAL, *THROUGH) if through else LOCAL
     run = Run(model, arithmetic, arrived, theirs=theirs, substitutes=substitutes, lanes=lanes).through(inputs)
     if not steps:
-        some = ", ".join(list(theirs)[:3]) or "none at all"
+        some = ", ".join(map(printable, list(theirs)[:3])) or "none at all"
         raise NothingToCompareError(f"no step to compare: theirs are {some}; ours are {', '.join(list(run.names)[:3])} ...")
 
     def second_look(names: set[str], *, adopts: bool) -> dict[str, Step]:

@@ -21,6 +21,7 @@ from refmodels.verification.candidate import OUTPUTS, Candidate, CandidateError
 from refmodels.verification.judgement import Step, counted
 from refmodels.verification.lanes import OWN, TRUTH, Arithmetic, Value
 from refmodels.verification.laws import FIRST_PLAIN_ID, sides
+from refmodels.verification.mapping import Renamed
 from refmodels.verification.replay import NothingToCompareError, replay, sight_of
 from refmodels.verification.run import LOCAL, MOVED
 from refmodels.verification.script import of_call, of_step, storable
@@ -334,9 +335,9 @@ def reproduce(
     """Write `reproduce.py` and `reproduce.npz` into a directory: the first wrong step of a verification, made as small as it
     can be. The path of the script.
 
-    spec     `mypkg.model:build`: the script builds the candidate anew and runs it. Without it, or where the candidate has the
-             step under a name that only a mapping file knows, the script shows the step alone: its inputs, what it gave, and
-             what our op makes of them
+    spec     `mypkg.model:build`: the script builds the candidate anew and runs it. Without it, or where a mapping file
+             changes the layout of the step, the script shows the step alone: its inputs, what it gave, and what our op makes
+             of them
     rebuild  the builder takes `checkpoint=`: layers may be left out, and a checkpoint is written beside the script
 
     Each file is complete or not there. ValueError if no step is wrong.
@@ -399,10 +400,12 @@ def _smallest(
 
 
 def _their_name(candidate: Candidate, inputs: Mapping[str, Array], step: str) -> str | None:
-    """What the script will find the step under: our name of it, or that of an output. None if a mapping file is in between."""
+    """What the script will find the step under: our name of it, that of an output, or what a mapping file calls it. None if
+    the file changes its layout."""
+    given = candidate.run(inputs)
+    if isinstance(given, Renamed):
+        return given.unmoved(step)
     names = [step, *(name for name, steps in OUTPUTS.items() if step in steps)]
-    raw = getattr(candidate, "raw", None)
-    given = candidate.run(inputs) if raw is None else raw(inputs)
     return next((name for name in names if name in given), None)
 
 
