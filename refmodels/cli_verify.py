@@ -20,7 +20,7 @@ from refmodels import __version__
 from refmodels.accelerator import AcceleratorError
 from refmodels.backbone import Backbone
 from refmodels.op import Array
-from refmodels.printing import aligned, print_json, progress, say
+from refmodels.printing import aligned, print_json, printable, progress, say
 from refmodels.verification.candidate import CandidateError
 from refmodels.verification.verify import AGREES, CANNOT_RUN, DIVERGES, INCONCLUSIVE, Case, Verification, cases, verify
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 VERDICTS = {AGREES: "agrees", DIVERGES: "diverges", CANNOT_RUN: "cannot run", INCONCLUSIVE: "inconclusive"}
 """Exit status -> what it means."""
+
+LONGEST_LINE = 2000
+"""Characters of a line that a foreign function had a part in."""
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
@@ -153,9 +156,7 @@ def outcome(
     if arguments.reproduce is not None and verification.first is not None:
         from refmodels.verification.shrink import reproduce
 
-        script = reproduce(
-            form, model, verification, arguments.reproduce, spec=arguments.target, rebuild=rebuild, progress=progress
-        )
+        script = reproduce(form, model, verification, arguments.reproduce, spec=form.spec, rebuild=rebuild, progress=progress)
         say(f"refmodels: {script}: run this to see it again")
     return verification
 
@@ -337,7 +338,7 @@ def verify_op_command(arguments: argparse.Namespace) -> int:
         print(f"not tried where {reason}")
     for entry in checked:
         for failure in entry.failures:
-            print(f"\n{failure}")
+            print("", *(printable(line, LONGEST_LINE) for line in str(failure).splitlines()), sep="\n")
     sys.stdout.flush()
     return DIVERGES if wrong else AGREES
 

@@ -60,7 +60,7 @@ ARROWS = {
     },
     "trace": {"op", "files", "weights"},
     "verification": {
-        "accelerator", "arguments", "backbone", "conformance", "files", "generate", "junit", "loading", "numerics", "op",
+        "accelerator", "backbone", "conformance", "files", "generate", "junit", "loading", "numerics", "op",
         "opdoc", "ops", "parameters", "printing", "trace", "verification", "weights",
     },
     # It draws small models of all families, with quantised weights and adapters.

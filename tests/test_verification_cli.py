@@ -91,6 +91,18 @@ def crash():
     return lambda inputs: 1 / 0
 
 
+def of_ours(model):
+    return lambda inputs: {"logits": 1.01 * model.logits(model(inputs))}
+
+
+class Held:
+    def run(self, inputs, inject=None):
+        return {"logits": np.ones((*inputs["token_ids"].shape, 17), np.float32)}
+
+
+held = Held()
+
+
 def ends():
     def f(inputs):
         raise SystemExit(0)
@@ -118,6 +130,10 @@ def my_softmax(scores, mask):
     scores = np.where(mask.any(-1, keepdims=True), np.where(mask, scores, -np.inf), 0)
     weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
     return weights / weights.sum(-1, keepdims=True)
+
+
+def my_loud_softmax(scores, mask):
+    raise ValueError("\x1b[31m" + "x" * 10_000)
 
 
 def my_wrong_softmax(scores, mask):
@@ -272,6 +288,17 @@ def test_a_reproduction_fails_when_run(run, here, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])}
     done = subprocess.run([sys.executable, script], capture_output=True, cwd=here, env=environment, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", ["of_ours", "held"])
+def test_a_reproduction_of_what_no_script_can_build_has_the_step_alone(run, here, tmp_path, target):
+    status, _, _ = verified(run, target, "--case", "one row", "--reproduce", tmp_path / "small")
+    assert status == DIVERGES
+    script = tmp_path / "small" / "reproduce.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])}
+    done = subprocess.run([sys.executable, script], capture_output=True, cwd=here, env=environment, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "This script has the step alone" in script.read_text()
 
 
 def test_a_reproduction_runs_what_a_mapping_only_renames(run, here, tmp_path):
@@ -523,6 +550,13 @@ def test_verify_op(run):
                            "--dtype", "float64")  # fmt: skip
     assert (status, err) == (AGREES, "")
     assert [line.split()[-1] for line in out.splitlines()] == ["VERDICT", "right", "right"]
+
+
+def test_verify_op_prints_no_control_characters_of_theirs(run):
+    status, out, _ = run("verify-op", "masked_softmax", "theirs_cli:my_loud_softmax", "--examples", "1")
+    assert status == DIVERGES
+    assert "raises ValueError: \\x1b[31mxxx" in out
+    assert all(line.isprintable() and len(line) <= 2000 for line in out.splitlines())
 
 
 def test_verify_op_of_a_wrong_one(run):

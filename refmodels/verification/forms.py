@@ -59,9 +59,11 @@ class Form(Candidate):
     """A candidate that gives arrays by any names; a `NameMap` makes our steps of them.
 
     takes_checkpoint   it has the weights from the directory that was written for it, so that it can be built for others
+    spec               `mypkg.model:build`, which a script can call with `checkpoint=` or nothing; None if it cannot
     """
 
     takes_checkpoint = False
+    spec: str | None = None
 
     def __init__(self, name: str, model: Backbone, *, products: str = "", names: NameMap | None = None) -> None:
         self.name, self.dtype, self.products = name, model.compute_dtype, products
@@ -198,7 +200,7 @@ def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **op
     ]
     if set(needed) - {"checkpoint", "model"}:
         raise CandidateError(
-            f"{spec} takes {', '.join(needed)}: wanted a function without arguments, or with checkpoint, that gives the model"
+            f"{spec} takes {', '.join(needed)}: wanted a function that gives the model, of nothing but checkpoint and model"
         )
     taken = {parameter.name for parameter in parameters}
     arguments: dict[str, Any] = {"checkpoint": checkpoint()} if "checkpoint" in taken else {}
@@ -212,6 +214,7 @@ def python_form(spec: str, model: Backbone, checkpoint: Callable[[], Path], **op
         raise CandidateError(f"{spec} fails: {_reason(error)}") from error
     form = _python_form(spec, built, model, options)
     form.takes_checkpoint = bool(arguments)
+    form.spec = None if "model" in arguments else spec
     return form
 
 

@@ -10,8 +10,8 @@
     chunks = whole      chunks with the cache give what one chunk gives
     cache starts empty  a text gives the same after another one
 
-How far the two ways may differ comes from our own runs on the same inputs (`bounds`). In `spec/verification.md` each law has
-its reason.
+How far the two ways may differ comes from our own runs on the same inputs (`bounds`). In `spec/verification-dynamics.md` each
+law has its reason.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

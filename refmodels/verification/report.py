@@ -1,6 +1,6 @@
 """What a verification says: a table for the terminal, JSON, a JUnit file; and what got worse since an earlier one.
 
-The keys of the JSON and how to read the table are in `spec/verification.md`. Names come from strangers: they are
+The keys of the JSON and how to read the table are in `spec/verification-report.md`. Names come from strangers: they are
 printed without control characters and never at full length if that is long.
 """
 
