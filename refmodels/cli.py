@@ -333,6 +333,12 @@ def _add_verify(commands: Any) -> None:
         "--inject", action="append", default=[], metavar="STEPS", help="CMD goes on with our values there: 'layers.*:add'"
     )
     group.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for one run of CMD (default: 600)")
+    group.add_argument(
+        "--generate",
+        type=_positive,
+        metavar="N",
+        help="judge N tokens of its own choice, and its best tokens and distributions over a text",
+    )
     group.add_argument("--no-laws", dest="laws", action="store_false", help="leave out what needs no reference")
     group = verify.add_argument_group("output")
     group.add_argument("--all-steps", action="store_true", help="show every layer step by step, not the first wrong one alone")

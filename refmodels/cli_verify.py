@@ -19,10 +19,21 @@ import numpy as np
 from refmodels import __version__
 from refmodels.accelerator import AcceleratorError
 from refmodels.backbone import Backbone
+from refmodels.numerics import Verdict
 from refmodels.op import Array
 from refmodels.printing import aligned, print_json, printable, progress, say
 from refmodels.verification.candidate import CandidateError
-from refmodels.verification.verify import AGREES, CANNOT_RUN, DIVERGES, INCONCLUSIVE, Case, Verification, cases, verify
+from refmodels.verification.verify import (
+    AGREES,
+    CANNOT_RUN,
+    DIVERGES,
+    INCONCLUSIVE,
+    Case,
+    LawResult,
+    Verification,
+    cases,
+    verify,
+)
 
 if TYPE_CHECKING:
     from refmodels.verification.forms import Form
@@ -153,12 +164,35 @@ def outcome(
 
         laws = check_laws(form, model, seed=arguments.seed, progress=lambda law: progress(f"law {law.name!r}"))
         verification = replace(verification, laws=laws)
+    if arguments.generate is not None:
+        progress("judging a generation")
+        verification = replace(verification, laws=(*verification.laws, *generated(form, model, tried, arguments.generate)))
     if arguments.reproduce is not None and verification.first is not None:
         from refmodels.verification.shrink import reproduce
 
         script = reproduce(form, model, verification, arguments.reproduce, spec=form.spec, rebuild=rebuild, progress=progress)
         say(f"refmodels: {script}: run this to see it again")
     return verification
+
+
+def generated(form: "Form", model: Backbone, tried: Sequence[Case], count: int) -> list[LawResult]:
+    """What it chooses after the first case, and what it thinks of the last: each choice is right, a tie, or a defect."""
+    from refmodels.verification.forms import DumpsForm
+    from refmodels.verification.generations import GenerationResult, TextResult, judge_generation, judge_text
+
+    if isinstance(form, DumpsForm):
+        raise CandidateError("--generate: dumps are of one run and cannot be asked for another")
+
+    def law(name: str, result: GenerationResult | TextResult) -> LawResult:
+        if not result.tokens:
+            return LawResult(name, None, result.reason)
+        said = str(result)
+        return LawResult(name, Verdict(result.status != DIVERGES, f"{name}: {said}"), said)
+
+    return [
+        law(f"generation of {count} tokens", judge_generation(form, model, tried[0].inputs, count)),
+        law("best tokens of a text", judge_text(form, model, tried[-1].inputs)),
+    ]
 
 
 def shown(verification: Verification, arguments: argparse.Namespace) -> int:
@@ -182,6 +216,9 @@ def shown(verification: Verification, arguments: argparse.Namespace) -> int:
         print_json(found if arguments.baseline is None else {**found, "worse": [str(entry) for entry in worse]})
         return status
     print(table(verification, all_steps=arguments.all_steps), flush=True)
+    for law in verification.laws if arguments.generate is not None else ():
+        if law.verdict is not None and law.reason:
+            print(f"\n{law.name}: {law.reason}", flush=True)
     if arguments.baseline is not None:
         print(
             "\n".join([f"\nworse than {arguments.baseline}:", *map(str, worse)] if worse else ["\nno worse than the baseline"])
