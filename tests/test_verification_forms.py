@@ -182,7 +182,7 @@ def test_build_with_our_weights(module, tmp_path):
         ("import nothing_of_the_kind", "build", "ModuleNotFoundError.*nothing_of_the_kind.*line 1"),
         ("1 / 0", "build", "importing .* fails: ZeroDivisionError: division by zero \\(theirs_.*py, line 1\\)"),
         ("def build(): return 3", "build", "gives int, wanted a function or an object with run"),
-        ("def build(size): return 3", "build", "takes size: wanted a function without arguments, or with checkpoint"),
+        ("def build(size): return 3", "build", "takes size: wanted a function that gives the model, of nothing but"),
         ("def build():\n    return 1 / 0", "build", "fails: ZeroDivisionError: division by zero \\(.*, line 2\\)"),
         ("build = 7", "build", "gives int, wanted a function"),
         ("class A:\n    class B:\n        pass", "A.C", "has no 'A.C'"),
