@@ -314,7 +314,7 @@ def _add_verify(commands: Any) -> None:
         "target",
         metavar="TARGET",
         nargs="?",
-        help="mypkg.model:build, which gives a function or an object (spec/verification.md)",
+        help="mypkg.model:build, which gives a function or an object (spec/verification.md); or transformers, keras_hub",
     )
     group.add_argument("--exec", metavar="CMD", help="a command that is given an input and an output file (spec/traces.md)")
     group.add_argument("--dumps", metavar="DIR", help="arrays of one run: safetensors, npy and npz files, or one such file")

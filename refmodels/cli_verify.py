@@ -1,13 +1,14 @@
 """`refmodels verify`, `trace` and `verify-op`: somebody else's implementation beside the reference (`spec/verification.md`)."""
 
 import argparse
+import os
 import platform
 import shlex
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -46,11 +47,31 @@ LONGEST_LINE = 2000
 """Characters of a line that a foreign function had a part in."""
 
 
+@contextmanager
+def stdout_aside() -> Iterator[None]:
+    """What the block prints, in Python or below it, goes to standard error: standard output is for results alone."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        kept = None
+    sys.stdout.flush()
+    try:
+        if kept is not None:
+            with suppress(OSError):
+                os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
 def verify_command(arguments: argparse.Namespace) -> int:
     """`refmodels verify`."""
     with cannot_run(), ExitStack() as stack:
         check_files(arguments)
-        with redirect_stdout(sys.stderr):  # whatever a candidate prints, and downloads
+        with stdout_aside():  # whatever a candidate prints, and downloads
             model = loaded(arguments.like, arguments.dtype)
             form = form_of(arguments, model, stack)
             if arguments.propose is not None:
@@ -257,7 +278,7 @@ def trace_command(arguments: argparse.Namespace) -> None:
     """`refmodels trace`."""
     from refmodels.trace import trace
 
-    with redirect_stdout(sys.stderr):
+    with stdout_aside():
         model = loaded(arguments.preset, arguments.dtype)
         inputs = trace_inputs(arguments, model)
         with trace(model, only=lambda name: not arguments.only or any(fnmatchcase(name, only) for only in arguments.only)) as t:
@@ -330,7 +351,7 @@ def verify_op_command(arguments: argparse.Namespace) -> int:
         for dtype in dtypes:
             if dtype not in UNIT_ROUNDOFF:
                 raise ValueError(f"dtype must be one of {', '.join(UNIT_ROUNDOFF)}, got {dtype!r}")
-        with redirect_stdout(sys.stderr):
+        with stdout_aside():
             function = load_object(arguments.function)
             if not callable(function):
                 raise CandidateError(f"{arguments.function} is {type(function).__name__}, wanted a function")

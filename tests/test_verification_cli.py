@@ -594,3 +594,21 @@ def test_exit_statuses_of_a_process(here):
     for op, wanted in (("masked_softmax", AGREES), ("relu", CANNOT_RUN)):
         command = [sys.executable, "-m", "refmodels", "verify-op", op, "theirs_cli:my_softmax", "--examples", "5"]
         assert subprocess.run(command, cwd=here, env=environment, capture_output=True, timeout=120).returncode == wanted
+
+
+def test_what_a_candidate_prints_below_python_is_no_result(tmp_path):
+    (tmp_path / "loud.py").write_text(
+        "import os\n"
+        "from refmodels import OPTBackbone\n"
+        "def build():\n"
+        "    model = OPTBackbone.from_preset('opt_tiny_stdlib')\n"
+        "    def run(inputs):\n"
+        "        os.write(1, b'from below')\n"
+        "        return model.logits(model(inputs))\n"
+        "    return run\n"
+    )
+    command = [sys.executable, "-m", "refmodels", "verify", "loud:build", "--like", "opt_tiny_stdlib", "--json", "--no-laws"]
+    done = subprocess.run([*command, "--case", "one row"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["outcome"] == "agrees"
+    assert "from below" in done.stderr

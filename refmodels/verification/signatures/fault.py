@@ -46,7 +46,11 @@ class Compared:
     @classmethod
     def of(cls, sight: Sight) -> "Compared":
         """The arrays of a step that they give."""
-        own, theirs = sight.lane(OWN), np.asarray(sight.theirs).astype(np.float64)
+        own, theirs = sight.lane(OWN), np.asarray(sight.theirs)
+        if theirs.size == own.size:
+            theirs = theirs.astype(np.float64)
+        else:  # no order of axes makes it ours, and it may be huge
+            theirs = np.broadcast_to(np.nan, theirs.shape)
         truth, selected = sight.lane(TRUTH) if sight.has(TRUTH) else own, sight.selected if sight.fits else None
         if sight.op.name == "attention_scores" and sight.fits:
             theirs = without_shift(theirs, truth, selected)
