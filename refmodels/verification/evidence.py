@@ -8,7 +8,7 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.op import OPS, Array, Shape
-from refmodels.verification.judgement import Step, without_shift
+from refmodels.verification.judgement import SHIFTED, Step, without_shift
 from refmodels.verification.lanes import TRUTH, TRUTH_THROUGH, Arithmetic
 from refmodels.verification.replay import Report
 from refmodels.verification.run import LOCAL, THROUGH, Enough, Run, Sight
@@ -126,7 +126,7 @@ def _attention(step: Step, steps: Sequence[Step]) -> Step | None:
 def _evidence(step: Step, sight: Sight, attention: Slice | None) -> Evidence:
     judged, bound = _judged(sight), step.local.bound
     theirs, ours = _wide(np.asarray(sight.theirs)), _wide(sight.lane(TRUTH))
-    if step.op == "attention_scores":
+    if step.op in SHIFTED:
         theirs = without_shift(theirs, ours, sight.selected)
     error = _distance(theirs, ours, judged)
     wrong = error > bound

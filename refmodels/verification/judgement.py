@@ -14,6 +14,9 @@ from refmodels.verification.run import Edit, Sight
 ROUNDINGS = 3
 """How often a step of theirs may round on its way: a product, its scale and its bias are three calls in some frameworks."""
 
+SHIFTED = ("attention_scores", "alibi_bias")
+"""Steps that may be off by a number for each row: the softmax does not see it, and ALiBi is counted from either end."""
+
 BIASES = ("alibi_bias", "relative_position_bias")
 """Steps whose results are added to scores: what counts is their absolute error, as exp turns it into a relative one."""
 
@@ -89,7 +92,7 @@ def _verdicts(sight: Sight, arithmetic: Arithmetic, edit: Edit | None) -> tuple[
         return Verdict(False, f"{name} has dtype {got.dtype}, wanted floating-point numbers"), None, 0.0
     truth, wide = sight.lane(TRUTH), got.astype(np.float64)
     local = _local(sight, arithmetic, edit, wide)
-    if sight.op.name == "attention_scores" and not local.ok:
+    if sight.op.name in SHIFTED and not local.ok:
         wide = without_shift(wide, truth, selected)
         local = _local(sight, arithmetic, edit, wide)
     through = None

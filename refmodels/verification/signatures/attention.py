@@ -142,14 +142,16 @@ def _next_power(arguments: dict[str, Any], run: Callable[..., Any]) -> Any:
     return _slopes(2 ** math.ceil(math.log2(arguments["num_heads"])))[: arguments["num_heads"]]
 
 
-def _rounded_alibi(dtype: str, from_end: str) -> Callable[[dict[str, Any], Callable[..., Any]], Any]:
-    """The bias as it is often formed: everything in half precision, and from one end of the keys."""
+def _rounded_alibi(dtype: str, from_end: str, *, slopes_too: bool) -> Callable[[dict[str, Any], Callable[..., Any]], Any]:
+    """The bias as it is often formed: in half precision, all of it or its result alone, and from one end of the keys."""
 
     def change(arguments: dict[str, Any], run: Callable[..., Any]) -> Any:
         positions, keys = arguments["positions"], arguments["keys"]
         origin = {"first": 0, "last": keys - 1, "query": positions[:, :, None]}[from_end]
-        relative = rounded_to(np.broadcast_to(np.arange(keys) - origin, (*positions.shape, keys)).astype(np.float64), dtype)
-        slopes = rounded_to(arguments["slopes"].astype(np.float64), dtype)
+        relative = np.broadcast_to(np.arange(keys) - origin, (*positions.shape, keys)).astype(np.float64)
+        slopes = arguments["slopes"].astype(np.float64)
+        if slopes_too:
+            relative, slopes = rounded_to(relative, dtype), rounded_to(slopes, dtype)
         bias = rounded_to(slopes[:, None, None] * relative[:, None], dtype)
         return bias.astype(arguments.get("dtype", "float32"))
 
@@ -260,9 +262,13 @@ BIAS_FAULTS = [
         "ALiBi is formed in half precision, where distant keys share a bias: form it in float32, relative to the query.",
         "alibi_bias",
         *[
-            (f"in {dtype}, counted from the {end}{' key' * (end != 'query')}", _rounded_alibi(dtype, end))
+            (
+                f"in {dtype}, counted from the {end}{' key' * (end != 'query')}",
+                _rounded_alibi(dtype, end, slopes_too=slopes_too),
+            )
             for dtype in HALVES
             for end in ("first", "last", "query")
+            for slopes_too in (True, False)
         ],
         families="bloom",
     ),

@@ -10,7 +10,7 @@ import numpy as np
 from refmodels.backbone import Backbone
 from refmodels.op import Array, Op, Params
 from refmodels.ops.precision import narrow, numpy_dtype
-from refmodels.verification.judgement import without_shift
+from refmodels.verification.judgement import SHIFTED, without_shift
 from refmodels.verification.lanes import OWN, TRUTH, Arithmetic
 from refmodels.verification.run import Edit, Sight
 
@@ -52,7 +52,7 @@ class Compared:
         else:  # no order of axes makes it ours, and it may be huge
             theirs = np.broadcast_to(np.nan, theirs.shape)
         truth, selected = sight.lane(TRUTH) if sight.has(TRUTH) else own, sight.selected if sight.fits else None
-        if sight.op.name == "attention_scores" and sight.fits:
+        if sight.op.name in SHIFTED and sight.fits:
             theirs = without_shift(theirs, truth, selected)
         return cls(sight.op, theirs, truth, own, selected)
 
