@@ -129,7 +129,8 @@ def test_bloom_in_exact_slices_lacks_a_bias(outcomes, part, layer, step):
 )
 def test_lost_precision_is_found(outcomes, variant, dtype, step):
     theirs, ours = outcomes.pair(variant, dtype)
-    assert verify(TransformersCandidate(theirs), ours, [case_of(ours)]).first[1].name == step
+    long = cases(ours)[-1]  # what ALiBi loses grows with the length
+    assert verify(TransformersCandidate(theirs), ours, [long]).first[1].name == step
 
 
 def large_scores(model):
