@@ -163,6 +163,12 @@ def outcome(
     """Judge the steps, then the laws; CandidateError if nothing at all was judged."""
     from refmodels.verification.forms import DumpsForm
 
+    if arguments.generate is not None:  # said before any work
+        if isinstance(form, DumpsForm):
+            raise CandidateError("--generate: dumps are of one run and cannot be asked for another")
+        from refmodels.verification.generations import check_room
+
+        check_room(model, model.checked(tried[0].inputs), arguments.generate)
     at = ""
     said: set[str] = set()
 
@@ -198,17 +204,13 @@ def outcome(
 
 def generated(form: "Form", model: Backbone, tried: Sequence[Case], count: int) -> list[LawResult]:
     """What it chooses after the first case, and what it thinks of the last: each choice is right, a tie, or a defect."""
-    from refmodels.verification.forms import DumpsForm
     from refmodels.verification.generations import GenerationResult, TextResult, judge_generation, judge_text
 
-    if isinstance(form, DumpsForm):
-        raise CandidateError("--generate: dumps are of one run and cannot be asked for another")
-
     def law(name: str, result: GenerationResult | TextResult) -> LawResult:
-        if not result.tokens:
-            return LawResult(name, None, result.reason)
         said = str(result)
-        return LawResult(name, Verdict(result.status != DIVERGES, f"{name}: {said}"), said)
+        if result.status == INCONCLUSIVE:
+            return LawResult(name, None, said)
+        return LawResult(name, Verdict(result.status == AGREES, f"{name}: {said}"), said)
 
     return [
         law(f"generation of {count} tokens", judge_generation(form, model, tried[0].inputs, count)),

@@ -612,3 +612,42 @@ def test_what_a_candidate_prints_below_python_is_no_result(tmp_path):
     assert done.returncode == 0
     assert json.loads(done.stdout)["outcome"] == "agrees"
     assert "from below" in done.stderr
+
+
+CHOOSING = """
+from refmodels import OPTBackbone
+from refmodels.verification.adaptors.own import OwnCandidate
+class Wrong(OwnCandidate):
+    def generate(self, inputs, count):
+        return super().generate(inputs, count) * 0 + 7
+def right():
+    return OwnCandidate(OPTBackbone.from_preset("opt_tiny_stdlib"))
+def wrong():
+    return Wrong(OPTBackbone.from_preset("opt_tiny_stdlib"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("build", "count", "status", "said"),
+    [
+        ("right", "3", 0, "generation of 3 tokens: 3 tokens: 0 ties, 0 defects"),
+        ("wrong", "3", 1, "generation of 3 tokens"),
+        ("right", "5000", 2, "more than the model's max_sequence_length"),
+    ],
+)
+def test_a_generation_is_judged(tmp_path, monkeypatch, capsys, build, count, status, said):
+    (tmp_path / "choosing.py").write_text(CHOOSING)
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "verify",
+        f"choosing:{build}",
+        "--like",
+        "opt_tiny_stdlib",
+        "--case",
+        "one row",
+        "--no-laws",
+        "--generate",
+        count,
+    ]
+    assert main(command) == status
+    assert said in "".join(capsys.readouterr())

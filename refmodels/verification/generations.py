@@ -158,7 +158,7 @@ def judge_generation(candidate: Candidate, model: Backbone, inputs: Mapping[str,
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     arrays = model.checked(inputs)
-    _check_room(model, arrays, count)
+    check_room(model, arrays, count)
     theirs = candidate.generate(arrays, count)
     if theirs is None:
         return GenerationResult((), reason=f"{candidate.name} cannot generate")
@@ -193,7 +193,7 @@ def judge_tokens(
         raise ValueError(f"the other generation has {len(ours)} rows, wanted {len(new)}")
     if not any(map(len, new)):
         return GenerationResult((), reason="the generation has no tokens")
-    _check_room(model, arrays, max(map(len, new)))
+    check_room(model, arrays, max(map(len, new)))
     prompts = [row[mask] for row, mask in zip(ids, real, strict=True)]
     if not all(map(len, prompts)):
         raise ValueError(f"row {[len(prompt) for prompt in prompts].index(0)} has no token to go on from")
@@ -255,7 +255,8 @@ def _extended(arrays: Mapping[str, Array], side: str, rows: Sequence[Array]) -> 
     return {**arrays, f"{side}token_ids": ids, f"{side}padding_mask": mask}
 
 
-def _check_room(model: Backbone, arrays: Mapping[str, Array], count: int) -> None:
+def check_room(model: Backbone, arrays: Mapping[str, Array], count: int) -> None:
+    """ValueError unless the model has positions for so many tokens more."""
     most = int(arrays[f"{sides(model)[-1]}padding_mask"].sum(1).max(initial=0))
     if most + count > longest(model):
         raise ValueError(f"{most} tokens and {count} new ones are more than the model's max_sequence_length {longest(model)}")
