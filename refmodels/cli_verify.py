@@ -278,14 +278,12 @@ def checkpoint_writer(model: Backbone, stack: ExitStack) -> Callable[[], Path]:
 
 def trace_command(arguments: argparse.Namespace) -> None:
     """`refmodels trace`."""
-    from refmodels.trace import trace
+    from refmodels.trace import traced
 
     with stdout_aside():
         model = loaded(arguments.preset, arguments.dtype)
         inputs = trace_inputs(arguments, model)
-        with trace(model, only=lambda name: not arguments.only or any(fnmatchcase(name, only) for only in arguments.only)) as t:
-            hidden = model(inputs)
-            model.logits(hidden["decoder_sequence_output"] if isinstance(hidden, dict) else hidden)
+        t = traced(model, inputs, lambda name: not arguments.only or any(fnmatchcase(name, only) for only in arguments.only))
     if not t.steps:
         raise ValueError(f"--only {arguments.only[0]}: no step has such a name: without it, every step is written")
     t.inputs = inputs

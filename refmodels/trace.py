@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refmodels.files import CheckpointError, replacing
-from refmodels.op import Array, Op, Params, watching
+from refmodels.op import Array, Op, Params, executing, watching
 from refmodels.weights.npy import open_npy, open_npz
 from refmodels.weights.safetensors import open_tensors, read_metadata, write_file
 from refmodels.weights.tensor import Tensor
@@ -141,6 +141,25 @@ def trace(model: HasParams, only: Callable[[str], bool] = lambda name: True) -> 
 
     with watching(observer):
         yield found
+
+
+class Runs(HasParams, Protocol):
+    """A model that can be run from its inputs to its logits."""
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+        """Hidden states, or a dictionary with those of the decoder."""
+
+    def logits(self, hidden: Array) -> Array:
+        """The scores of the next token."""
+        ...
+
+
+def traced(model: Runs, inputs: Mapping[str, Any], only: Callable[[str], bool] = lambda name: True) -> Trace:
+    """The steps of one run on the reference, the head included, whose names `only` admits."""
+    with executing(None), trace(model, only) as steps:
+        hidden = model(inputs)
+        model.logits(hidden["decoder_sequence_output"] if isinstance(hidden, dict) else hidden)
+    return steps
 
 
 class StoredTrace(Mapping[str, Array]):

@@ -15,7 +15,7 @@ import numpy as np
 
 from refmodels.backbone import Backbone
 from refmodels.op import Array
-from refmodels.trace import trace
+from refmodels.trace import traced
 from refmodels.verification.mapping import LAYOUTS, PARTS, Entry, MappingError, NameMap, entry_of, output_step
 
 NEAR = 0.05
@@ -66,17 +66,9 @@ def telling_inputs(model: Backbone, seed: int = 0) -> dict[str, Array]:
     }
 
 
-def own_run(model: Backbone, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Every step of our own run, with its head."""
-    with trace(model) as steps:
-        hidden = model(inputs)
-        model.logits(hidden["decoder_sequence_output"] if isinstance(hidden, dict) else hidden)
-    return dict(steps)
-
-
 def proposed(raw: Mapping[str, Array], model: Backbone, inputs: Mapping[str, Array], name: str) -> str:
     """The text of a mapping file for what a candidate of this name gave on these inputs."""
-    ours = own_run(model, inputs)
+    ours = traced(model, inputs)
     counting = {step: _counting(step, array.shape, model, inputs, ours) for step, array in ours.items()}
     chosen: dict[str, list[Guess]] = {}
     remarks: list[str] = []

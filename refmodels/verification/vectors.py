@@ -30,7 +30,7 @@ from refmodels.numerics import Verdict, judge_run, widened
 from refmodels.op import OPS, Array, Op, executing, watching
 from refmodels.opdoc import table
 from refmodels.parameters import build_tree, flatten
-from refmodels.trace import Trace, open_trace, trace
+from refmodels.trace import Trace, open_trace, traced
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import replay
 from refmodels.weights.safetensors import open_tensors, read_metadata, write_file
@@ -362,14 +362,6 @@ def small_inputs(model: Backbone) -> dict[str, Array]:
     }
 
 
-def model_trace(model: Backbone, inputs: Mapping[str, Array]) -> Trace:
-    """Every step of the model and its head, up to the logits."""
-    with executing(None), trace(model) as steps:
-        hidden = model(inputs)
-        model.logits(hidden["decoder_sequence_output"] if isinstance(hidden, dict) else hidden)
-    return steps
-
-
 def save_model(directory: Path, name: str) -> None:
     """Write two traces: NAME.safetensors in float32 with inputs and parameters, NAME.float64.safetensors in float64."""
     model = small_model(name)
@@ -377,9 +369,9 @@ def save_model(directory: Path, name: str) -> None:
     config = {key: value for key, value in model.get_config().items() if key not in ("name", "trainable", "dtype")}
     facts = {"model": name, "family": model.family, "config": json.dumps(config), "made_by": MADE_BY}
     parameters = {f"params.{path}": array for path, array in flatten(model.params)}
-    steps = model_trace(model, inputs)
+    steps = traced(model, inputs)
     Trace(steps, {**inputs, **parameters}, facts | {"dtype": "float32"}).save(directory / f"{name}.safetensors")
-    truth = model_trace(small_model(name, "float64"), inputs)
+    truth = traced(small_model(name, "float64"), inputs)
     Trace(truth, {}, facts | {"dtype": "float64"}).save(directory / f"{name}.float64.safetensors")
 
 

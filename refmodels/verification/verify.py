@@ -8,6 +8,7 @@ import numpy as np
 from refmodels.backbone import Backbone
 from refmodels.numerics import Verdict
 from refmodels.op import Array
+from refmodels.trace import traced
 from refmodels.verification.candidate import Candidate
 from refmodels.verification.evidence import Evidence, gather
 from refmodels.verification.judgement import Step
@@ -132,7 +133,7 @@ def verify(
 
         substitutes: Mapping[str, Array] = {}
         if inject and candidate.injects:
-            substitutes = own_steps(model, case.inputs, candidate.injects)
+            substitutes = traced(model, case.inputs, candidate.injects.__contains__)
         theirs = candidate.run(case.inputs, substitutes or None)
         report = replay(model, case.inputs, theirs, arithmetic=arithmetic, substitutes=substitutes, progress=arrived)
         findings: list[Finding] = []
@@ -144,13 +145,3 @@ def verify(
         evidence = gather(model, case.inputs, theirs, report, arithmetic=arithmetic, substitutes=substitutes)
         results.append(CaseResult(case, report, tuple(findings), evidence))
     return Verification(candidate.name, model.name, str(arithmetic), tuple(results), facts=candidate.facts())
-
-
-def own_steps(model: Backbone, inputs: Mapping[str, Array], names: frozenset[str]) -> dict[str, Array]:
-    """What our own run makes of these steps: what is injected into theirs."""
-    from refmodels.trace import trace
-
-    with trace(model, only=names.__contains__) as steps:
-        hidden = model(inputs)
-        model.logits(hidden["decoder_sequence_output"] if isinstance(hidden, dict) else hidden)
-    return dict(steps)

@@ -15,10 +15,10 @@ from defects_presets import PRESETS
 
 from refmodels.cli import _parser
 from refmodels.cli_verify import form_of, loaded, tried_cases
+from refmodels.trace import traced
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import replay
 from refmodels.verification.signatures import FAULTS, diagnose
-from refmodels.verification.verify import own_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def found(words, place, fault=None):
         model = loaded(arguments.like, arguments.dtype)
         form = form_of(arguments, model, stack)
         (case,) = tried_cases(arguments, model, form)
-        substitutes = own_steps(model, case.inputs, form.injects)
+        substitutes = traced(model, case.inputs, form.injects.__contains__)
         theirs = form.run(case.inputs, substitutes or None)
         options = {"arithmetic": Arithmetic(form.dtype, form.products), "substitutes": substitutes}
         report = replay(model, case.inputs, theirs, **options)
