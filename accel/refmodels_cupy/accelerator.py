@@ -9,7 +9,7 @@ from refmodels_cupy.device import Device, Gpu
 
 CLAIMED = ("float32", "float16", "bfloat16")
 
-FAMILIES = ("elementwise", "norm")
+FAMILIES = ("attention", "elementwise", "norm")
 """The modules of this package that register kernels."""
 
 OLDEST = 80

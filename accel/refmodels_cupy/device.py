@@ -17,10 +17,16 @@ from refmodels_cupy.source import DIRECTORY, OPTIONS
 Grid = tuple[int, int, int]
 
 
+class Strided(NamedTuple):
+    """An array among the arguments of a launch that is not contiguous: the kernel is told its strides as well."""
+
+    array: Any
+
+
 class Launch(NamedTuple):
     """One launch of a kernel: its file, its form, blocks, threads of a block, arguments, bytes of dynamic shared memory.
 
-    Arguments are device arrays (their addresses are passed), None (a null address), and NumPy scalars of the parameter's type.
+    Arguments are device arrays (their addresses are passed; contiguous ones, or `Strided`), None (a null address), and NumPy scalars of the parameter's type.
     """
 
     file: str
@@ -116,7 +122,7 @@ class Gpu:
         function = self._function(launch.file, launch.form)
         if launch.shared > 48 * 1024:
             function.max_dynamic_shared_size_bytes = launch.shared
-        arguments = tuple(np.uint64(0) if argument is None else argument for argument in launch.arguments)
+        arguments = tuple(_passed(argument) for argument in launch.arguments)
         with self.working():
             function(launch.grid, launch.block, arguments, shared_mem=launch.shared)
 
@@ -192,3 +198,8 @@ class Gpu:
     def working(self) -> Iterator[None]:
         with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
             yield
+
+
+def _passed(argument: Any) -> Any:
+    """An argument as CuPy takes it."""
+    return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument

@@ -6,6 +6,7 @@ must be the same bits in each: a missing barrier shows in one of them.
 
 import ctypes
 import hashlib
+import importlib
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from refmodels_cupy.accelerator import FAMILIES
+from refmodels_cupy.device import Strided
 from refmodels_cupy.source import DIRECTORY
 
 HERE = Path(__file__).parent
@@ -31,7 +34,7 @@ def library(file, forms, cache, *, source=None, sanitized=None):
     """The shared library with these forms of a kernel file, compiled unless it is in `cache` already."""
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "") if sanitized is None else sanitized
     text = (DIRECTORY / file).read_text() if source is None else source
-    headers = (HERE / "emulation.h").read_text() + (DIRECTORY / "device.cuh").read_text()
+    headers = (HERE / "emulation.h").read_text() + "".join(header.read_text() for header in sorted(DIRECTORY.glob("*.cuh")))
     digest = hashlib.sha256("\0".join([text, headers, *forms, str(sanitized)]).encode()).hexdigest()[:24]
     path = Path(cache) / f"{Path(file).stem}-{digest}.so"
     if not path.exists():
@@ -85,6 +88,7 @@ class Emulated:
         for array in arrays:
             if not array.flags.c_contiguous:
                 raise EmulationError(f"{launch.form}: an array that is not contiguous: {array.shape}, strides {array.strides}")
+        arrays += [argument.array for argument in launch.arguments if isinstance(argument, Strided)]
         before = [array.copy() for array in arrays]
         first = None
         with ONE_AT_A_TIME:
@@ -111,14 +115,18 @@ class Emulated:
     def _function(self, launch):
         key = (launch.file, launch.form)
         if key not in self._functions:
-            loaded = library(launch.file, [launch.form], self.cache, source=self.sources.get(launch.file))
-            self._functions[key] = loaded.form_0
+            source, forms = self.sources.get(launch.file), known_forms(launch.file)
+            if source is not None or launch.form not in forms:
+                forms = [launch.form]
+            loaded = library(launch.file, forms, self.cache, source=source)
+            self._functions[key] = getattr(loaded, f"form_{forms.index(launch.form)}")
         return self._functions[key]
 
     @staticmethod
     def _argument(argument):
         if argument is None:
             return ctypes.c_void_p(None)
+        argument = argument.array if isinstance(argument, Strided) else argument
         if isinstance(argument, np.ndarray):
             return ctypes.c_void_p(argument.ctypes.data)
         kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float, "uint32": ctypes.c_uint32}
@@ -140,6 +148,12 @@ class Emulated:
 
     def working(self):
         return nullcontext()
+
+
+def known_forms(file):
+    """The forms of a kernel file by the `FORMS` of the modules: they are compiled at once, as the headers cost the most."""
+    modules = (importlib.import_module(f"refmodels_cupy.{family}") for family in FAMILIES)
+    return sorted({form for module in modules for its, form in getattr(module, "FORMS", ()) if its == file})
 
 
 def kernel_names(file):

@@ -108,7 +108,15 @@ struct Warp {  // one collective operation after the other; two buffers, as a la
     alignas(16) unsigned char values[2][WARP][64];
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    size_t size;
+    bool there;
+};
+
 struct Fiber {
+    std::vector<Copy> copies;  // begun and not awaited
     void* place = nullptr;  // of its stack, while another runs
     std::unique_ptr<char[]> stack{new char[STACK]};
     bool done = false;
@@ -229,6 +237,25 @@ inline T* dynamic_shared() {
     return reinterpret_cast<T*>(memory.get());
 }
 
+// cp.async: what is copied is there when it is awaited and not before, and until then its place holds what must not be read.
+inline void copy_async(void* to, const void* from, size_t size, bool there) {
+    if (reinterpret_cast<uintptr_t>(to) % size || (there && reinterpret_cast<uintptr_t>(from) % size))
+        fail("cp.async: an address that is no multiple of " + std::to_string(size));
+    std::memset(to, 0xff, size);
+    block->fibers[block->current].copies.push_back({to, from, size, there});
+}
+
+inline void finish_copies() {
+    auto& copies = block->fibers[block->current].copies;
+    for (auto& copy : copies) {
+        if (copy.there)
+            std::memcpy(copy.to, copy.from, copy.size);
+        else
+            std::memset(copy.to, 0, copy.size);
+    }
+    copies.clear();
+}
+
 struct Body {
     virtual void run() = 0;
     virtual ~Body() = default;
@@ -286,6 +313,7 @@ inline std::string run_block(Order order, unsigned seed, size_t dynamic) {
         Fiber& fiber = block->fibers[t];
         fiber.done = false;
         fiber.awaited = nullptr;
+        fiber.copies.clear();
         // A stack as emulation_switch leaves one: room for what it pops, then where it returns to. At a function's first
         // instruction the stack is 8 bytes off a multiple of 16 on x86-64.
         auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK) & ~uintptr_t(15);
@@ -378,6 +406,14 @@ inline int launch_kernel(void (*kernel)(A...), const unsigned* shape, size_t dyn
     emulation::collective(mask, value, EMULATION_HERE, \
                           [&](auto at) { return at(std::min(31u, emulation::lane() + unsigned(by))); })
 
+#define __ballot_sync(mask, predicate)                                               \
+    emulation::collective(mask, int(bool(predicate)), EMULATION_HERE, [&](auto at) { \
+        uint32_t bits = 0;                                                           \
+        for (unsigned i = 0; i < 32; ++i) bits |= uint32_t(at(i)) << i;               \
+        return bits;                                                                 \
+    })
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 #define SHARED(type, name, ...) auto& name = emulation::shared<type __VA_ARGS__>(__COUNTER__)
 #define DYNAMIC_SHARED(type, name) type* name = emulation::dynamic_shared<type>()
 
@@ -448,4 +484,21 @@ inline void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         return 0;
     });
     for (int i = 0; i < 4; ++i) d[i] = sums[i];
+}
+
+// ldmatrix.sync.aligned.m8n8.x4: lane l names row l % 8 of matrix l / 8, and is given two numbers of each matrix.
+inline void emulated_ldmatrix(uint32_t (&to)[4], const void* row, bool transposed) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("ldmatrix: a row that begins at no multiple of 16 bytes");
+    emulation::collective(0xffffffffu, row, transposed ? "ldmatrix.trans" : "ldmatrix", [&](auto at) {
+        unsigned l = emulation::lane(), one = l / 4, two = 2 * (l % 4);
+        for (unsigned i = 0; i < 4; ++i) {
+            uint16_t halves[2];
+            for (unsigned e = 0; e < 2; ++e) {
+                unsigned of_row = transposed ? two + e : one, column = transposed ? one : two + e;
+                halves[e] = static_cast<const uint16_t*>(at(8 * i + of_row))[column];
+            }
+            to[i] = uint32_t(halves[0]) | uint32_t(halves[1]) << 16;
+        }
+        return 0;
+    });
 }
