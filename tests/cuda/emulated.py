@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-
 from refmodels_cupy.accelerator import FAMILIES
 from refmodels_cupy.device import Strided
 from refmodels_cupy.source import DIRECTORY
@@ -50,7 +49,7 @@ def library(file, forms, cache, *, source=None, sanitized=None):
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}.cpp")
-        beside.write_text(f"#define EMULATED\n#line 1 \"{file}\"\n{text}\n{wrappers}\n")
+        beside.write_text(f'#define EMULATED\n#line 1 "{file}"\n{text}\n{wrappers}\n')
         command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
         made = path.with_suffix(f".{os.getpid()}.so")
         command += [*([SANITIZERS] if sanitized else []), f"-I{HERE}", f"-I{DIRECTORY}", str(beside), "-o", str(made)]
