@@ -135,7 +135,7 @@ def test_the_beginning_of_a_cache_is_read_where_it_lies(device):
 
 
 def test_a_captured_step_is_played_again_with_more_keys(device):
-    (query, key, value), how, _ = example(device, "bfloat16", 64, 1, 400, mask="none", bias="none")
+    (query, key, value), _how, _ = example(device, "bfloat16", 64, 1, 400, mask="none", bias="none")
     lengths, positions = np.zeros(2, np.int32), np.zeros((2, 1), np.int32)
     slopes = alibi_slopes.reference(2)
     context, launches = plan(
