@@ -1,7 +1,7 @@
 """Attention: by the tensor cores for half precision, without them for float32 and odd head sizes, and one query at a time.
 
-`plan` and `attend` are what composites call: the kernels make causal masks, ALiBi and T5's bias by themselves, from positions, so
-that no matrix of them need be there. The op `attention` is given such matrices.
+`plan` and `attend` are what composites call: the kernels make causal masks, ALiBi and T5's bias by themselves, from positions,
+so that no matrix of them need be there. The op `attention` is given such matrices.
 """
 
 import math

@@ -26,7 +26,8 @@ class Strided(NamedTuple):
 class Launch(NamedTuple):
     """One launch of a kernel: its file, its form, blocks, threads of a block, arguments, bytes of dynamic shared memory.
 
-    Arguments are device arrays (their addresses are passed; contiguous ones, or `Strided`), None (a null address), and NumPy scalars of the parameter's type.
+    Arguments are device arrays (their addresses are passed; contiguous, or `Strided`), None (a null address) and
+    NumPy scalars of the parameter's type.
     """
 
     file: str
