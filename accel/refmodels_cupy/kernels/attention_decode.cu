@@ -1,0 +1,162 @@
+// Attention of one query of each row of the batch: the next token's. Reading the keys and values is all the time there is, and one
+// row has few heads, so the keys are split into pieces of 128 that different blocks read:
+//
+//     row b, head h     | keys 0..127 | 128..255 | 256..383 | 384.. |          attention_decode: a block for each piece
+//                          peak, sum of weights, weighted sum of values
+//                                         |
+//                                     context[b, h]                            attention_merge: from the first to the last
+//
+// In a piece each of 4 warps has 32 keys, and each key is read by a group of G lanes, 16 bytes each:
+//
+//     key j      | lane 0: W numbers | lane 1 | ... | lane G - 1 |  and again, C times
+//     key j + 1  | lane G            | ...
+//
+// Pieces are the same whatever the batch and however many keys there are, and are summed in one order: so is a row's result.
+// How many keys a row has may stand in `lengths` on the device: a captured graph has a grid for the whole cache, and blocks that
+// have nothing to read end at once.
+#include "attention.cuh"
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP_SIZE;
+constexpr int PIECE = THREADS;  // keys: one for each thread
+
+// W numbers that lie side by side, widened.
+__device__ __forceinline__ void load(const float* p, float (&to)[4]) {
+    float4 four = *reinterpret_cast<const float4*>(p);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+template <class T>
+__device__ __forceinline__ void load(const T* p, float (&to)[8]) {
+    uint4 bits = *reinterpret_cast<const uint4*>(p);
+    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = widen(T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))});
+}
+template <class T>
+__device__ __forceinline__ void load(const T* p, float (&to)[1]) {
+    to[0] = widen(*p);
+}
+
+// The parameters are those of attention_plain, of one query each: t is 1, and `lengths` [b] says how many of the s keys there
+// are (null: all). partial [b, h, pieces, 2 + size] is what attention_merge puts together.
+template <class T, int W, int G, int C>
+__global__ void __launch_bounds__(THREADS, 8) attention_decode(
+    const T* query, const T* key, const T* value, float* partial, const int* lengths, int size, int s, int heads,
+    int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* key_mask, int64_t key_mask_batch,
+    int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,
+    int64_t bias_batch, const int* firsts, int side, int bidirectional) {
+    constexpr int AT_ONCE = WARP_SIZE / G;  // keys that a warp reads at once
+    SHARED(float, scores, [PIECE]);
+    SHARED(float, sums, [WARPS][G * W * C]);
+    int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, group = lane / G, member = lane % G;
+    int head = blockIdx.y, batch = blockIdx.z, from = blockIdx.x * PIECE;
+    int count = lengths ? min(lengths[batch], s) : s;
+    if (from >= count) return;  // the whole block
+
+    int64_t row = int64_t(batch) * heads + head;
+    key += batch * batch_stride + int64_t(head) * size;
+    value += batch * batch_stride + int64_t(head) * size;
+    float q[C][W];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+        int column = (c * G + member) * W;
+#pragma unroll
+        for (int w = 0; w < W; ++w) q[c][w] = column < size ? widen(query[row * size + column + w]) : 0.0f;
+    }
+
+    // Products: those of one key are summed over its group.
+#pragma unroll 4
+    for (int i = 0; i < WARP_SIZE; i += AT_ONCE) {
+        int place = WARP_SIZE * warp + i + group;
+        float product = 0.0f;
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            int column = (c * G + member) * W;
+            if (from + place < count && column < size) {
+                float numbers[W];
+                load(key + (from + place) * position_stride + column, numbers);
+#pragma unroll
+                for (int w = 0; w < W; ++w) product += q[c][w] * numbers[w];
+            }
+        }
+#pragma unroll
+        for (int by = G / 2; by > 0; by /= 2) product += __shfl_xor_sync(ALL_LANES, product, by);
+        if (member == 0) scores[place] = product;
+    }
+    __syncwarp();
+
+    // Weights: each thread has one key.
+    int number = from + int(threadIdx.x);
+    float score = nothing();
+    if (number < count) {
+        int relative = number - (positions ? positions[batch * positions_batch] : 0);
+        score = scores[threadIdx.x] * scale;
+        if (kind == ALIBI) score += bias[head] * float(relative);
+        if (kind == TABLE) score += bias[int64_t(bucket(relative, firsts, side, bidirectional)) * heads + head];
+        if (kind == GIVEN) score += bias[batch * bias_batch + int64_t(head) * s + number];
+        bool permitted = (!key_mask || key_mask[batch * key_mask_batch + number]) && (!causal || relative <= 0);
+        if (!permitted) score = FORBIDDEN;
+    }
+    float peak = block_max<THREADS>(score);
+    float weight = expf(score - peak);
+    float total = block_sum<THREADS>(weight);
+    scores[threadIdx.x] = weight;
+    __syncwarp();
+
+    // Values: each group sums those of its keys, then the groups of a warp, then the warps are added.
+    float sum[C][W] = {};
+#pragma unroll 4
+    for (int i = 0; i < WARP_SIZE; i += AT_ONCE) {
+        int place = WARP_SIZE * warp + i + group;
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            int column = (c * G + member) * W;
+            if (from + place < count && column < size) {
+                float numbers[W];
+                load(value + (from + place) * position_stride + column, numbers);
+#pragma unroll
+                for (int w = 0; w < W; ++w) sum[c][w] += scores[place] * numbers[w];
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+#pragma unroll
+            for (int by = G; by < WARP_SIZE; by *= 2) sum[c][w] += __shfl_xor_sync(ALL_LANES, sum[c][w], by);
+            if (group == 0) sums[warp][(c * G + member) * W + w] = sum[c][w];
+        }
+    __syncthreads();
+    partial += (row * gridDim.x + blockIdx.x) * (size + 2);
+    if (threadIdx.x == 0) partial[0] = peak, partial[1] = total;
+    for (int i = threadIdx.x; i < size; i += THREADS) {
+        float all = 0.0f;
+        for (int w = 0; w < WARPS; ++w) all += sums[w][i];
+        partial[2 + i] = all;
+    }
+}
+
+// context [b, h, size] of the pieces of each row and head, from the first to the last; zeros where there is no key.
+template <class T>
+__global__ void __launch_bounds__(THREADS) attention_merge(const float* partial, T* context, const int* lengths, int size, int s,
+                                                           int heads, int pieces) {
+    int64_t row = int64_t(blockIdx.y) * heads + blockIdx.x;
+    int count = lengths ? min(lengths[blockIdx.y], s) : s;
+    int used = (count + PIECE - 1) / PIECE;
+    partial += row * pieces * (size + 2);
+    float peak = FORBIDDEN, total = 0.0f;
+    for (int i = 0; i < used; ++i) peak = fmaxf(peak, partial[int64_t(i) * (size + 2)]);
+    for (int i = 0; i < used; ++i) {
+        const float* piece = partial + int64_t(i) * (size + 2);
+        total += expf(piece[0] - peak) * piece[1];
+    }
+    for (int column = threadIdx.x; column < size; column += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < used; ++i) {
+            const float* piece = partial + int64_t(i) * (size + 2);
+            sum += expf(piece[0] - peak) * piece[2 + column];
+        }
+        context[row * size + column] = narrow<T>(used > 0 ? sum / total : 0.0f);
+    }
+}

@@ -1,0 +1,226 @@
+// What every kernel here is written with: the stored types, reductions, and the tensor cores' product.
+//
+// Nothing is included from CUDA's own headers, so a kernel needs NVRTC alone; and the few lines that only a GPU can run are in
+// this file, so that the tests can put an emulation on the CPU in their place (EMULATED).
+#pragma once
+
+#ifdef EMULATED
+#include "emulation.h"
+#else
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+#define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) unsigned char name##_bytes[]; type* name = (type*)name##_bytes
+#endif
+
+constexpr int WARP_SIZE = 32;
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// -- stored types: half precision is kept as bits and widened in registers ----------------------------------------------------
+
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+
+__device__ __forceinline__ float widen(bf16 x) {
+    return __int_as_float(int(uint32_t(x.bits) << 16));
+}
+
+__device__ __forceinline__ float widen(f16 x) {
+#ifdef EMULATED
+    _Float16 value;
+    std::memcpy(&value, &x, 2);
+    return float(value);
+#else
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+    return x;
+}
+
+template <>
+__device__ __forceinline__ f16 narrow<f16>(float x) {
+    f16 y;
+#ifdef EMULATED
+    _Float16 value = _Float16(x);
+    std::memcpy(&y, &value, 2);
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+    return y;
+}
+
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+    bf16 y;
+#ifdef EMULATED
+    uint32_t bits = uint32_t(__float_as_int(x));
+    y.bits = x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+    return y;
+}
+
+// Two values side by side in 32 bits, the first in the low half: as fragments of a matrix product have them.
+template <class T>
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+    return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+}
+#ifndef EMULATED  // in one instruction
+template <>
+__device__ __forceinline__ uint32_t pair<f16>(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t pair<bf16>(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+#endif
+
+// 2**x, within 2 units in the last place; 0 for -inf and wherever the result is no normal number
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef EMULATED
+    return std::exp2(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// -- sums over a warp and over a block: the same tree whatever the data, so the same bits in every run ------------------------
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(ALL_LANES, x, by);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int by = 16; by > 0; by /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, by));
+    return x;
+}
+
+// The largest x of a block of THREADS threads, for every thread.
+template <int THREADS>
+__device__ __forceinline__ float block_max(float x) {
+    SHARED(float, partial, [THREADS / WARP_SIZE]);
+    x = warp_max(x);
+    __syncthreads();  // one before this may still be read
+    if (threadIdx.x % WARP_SIZE == 0) partial[threadIdx.x / WARP_SIZE] = x;
+    __syncthreads();
+    float largest = partial[0];
+    for (int i = 1; i < THREADS / WARP_SIZE; ++i) largest = fmaxf(largest, partial[i]);
+    return largest;
+}
+
+// The sum of x over a block of THREADS threads (a multiple of 32, at most 1024), for every thread.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x) {
+    SHARED(float, partial, [THREADS / WARP_SIZE]);
+    x = warp_sum(x);
+    __syncthreads();  // a sum before this one may still be read
+    if (threadIdx.x % WARP_SIZE == 0) partial[threadIdx.x / WARP_SIZE] = x;
+    __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < THREADS / WARP_SIZE; ++i) total += partial[i];
+    return total;
+}
+
+// -- tensor cores -------------------------------------------------------------------------------------------------------------
+
+// d += a b for one 16x8x16 tile of a warp; d in float32. The layout of the fragments is PTX's for mma.m16n8k16: see attention.cu.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#ifdef EMULATED
+template <>
+inline void mma_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulated_mma<f16>(d, a, b, [](f16 x) { return widen(x); });
+}
+template <>
+inline void mma_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulated_mma<bf16>(d, a, b, [](bf16 x) { return widen(x); });
+}
+#else
+#define MMA(T, NAME)                                                                                                  \
+    template <>                                                                                                       \
+    __device__ __forceinline__ void mma_16x8x16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "      \
+                     "{%8,%9}, {%0,%1,%2,%3};"                                                                         \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \
+    }
+MMA(f16, "f16")
+MMA(bf16, "bf16")
+#undef MMA
+#endif
+
+// Four 8x8 matrices of halves out of shared memory. Lane l names the begin of row l % 8 of matrix l / 8, at a multiple of 16
+// bytes; of each matrix it is given the numbers 2(l % 4) + {0, 1} of row l / 4, which is what an operand of the product has.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+#ifdef EMULATED
+    emulated_ldmatrix(to, row, false);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+#endif
+}
+
+// The same of the transposed matrices: numbers l / 4 of the rows 2(l % 4) + {0, 1}.
+__device__ __forceinline__ void load_transposed_matrices(uint32_t (&to)[4], const void* row) {
+#ifdef EMULATED
+    emulated_ldmatrix(to, row, true);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+#endif
+}
+
+// -- copies that go on beside the arithmetic: from global to shared memory, 16 bytes each, both at multiples of 16 ------------
+
+// Zeros if `there` is false; `from` is not read then.
+__device__ __forceinline__ void copy_16_async(void* to, const void* from, bool there) {
+#ifdef EMULATED
+    emulation::copy_async(to, from, 16, there);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+#endif
+}
+
+// What this thread has begun to copy is in place. Of the others' copies a barrier after this tells.
+__device__ __forceinline__ void await_copies() {
+#ifdef EMULATED
+    emulation::finish_copies();
+#else
+    asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}

@@ -1,0 +1,165 @@
+"""A device that is this CPU: the kernels of refmodels_cupy compiled by the host's C++ compiler, NumPy in place of CuPy.
+
+The compiler puts `emulation.h` in the place of the GPU. Every launch runs the threads of a block in three orders, and the results
+must be the same bits in each: a missing barrier shows in one of them.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import math
+import os
+import re
+import subprocess
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from refmodels_cupy.accelerator import FAMILIES
+from refmodels_cupy.device import Strided
+from refmodels_cupy.source import DIRECTORY
+
+HERE = Path(__file__).parent
+ORDERS = (0, 1, 2)
+MANY_THREADS = 2**16
+"""A launch of more runs in one order alone: blocks are alike, and each thread costs a microsecond or so."""
+
+ONE_AT_A_TIME = threading.RLock()  # the emulation's state is global
+SANITIZERS = "-fsanitize=address,undefined"
+
+
+class EmulationError(AssertionError):
+    """A kernel that deadlocks, that leaves its arrays, or whose result depends on the order of its threads."""
+
+
+def library(file, forms, cache, *, source=None, sanitized=None):
+    """The shared library with these forms of a kernel file, compiled unless it is in `cache` already."""
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "") if sanitized is None else sanitized
+    text = (DIRECTORY / file).read_text() if source is None else source
+    headers = (HERE / "emulation.h").read_text() + "".join(header.read_text() for header in sorted(DIRECTORY.glob("*.cuh")))
+    digest = hashlib.sha256("\0".join([text, headers, *forms, str(sanitized)]).encode()).hexdigest()[:24]
+    path = Path(cache) / f"{Path(file).stem}-{digest}.so"
+    if not path.exists():
+        wrappers = "\n".join(
+            f'extern "C" int form_{i}(const unsigned* shape, size_t dynamic, int order, unsigned seed, void** arguments, '
+            f"char* message, size_t room) {{ return emulation::launch_kernel({form}, shape, dynamic, order, seed, arguments, "
+            f"message, room); }}"
+            for i, form in enumerate(forms)
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.cpp")
+        beside.write_text(f'#define EMULATED\n#line 1 "{file}"\n{text}\n{wrappers}\n')
+        command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+        made = path.with_suffix(f".{os.getpid()}.so")
+        command += [*([SANITIZERS] if sanitized else []), f"-I{HERE}", f"-I{DIRECTORY}", str(beside), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        beside.unlink()
+        if done.returncode:
+            raise EmulationError(f"{file}: {done.stderr[-4000:]}")
+        made.rename(path)
+    return ctypes.CDLL(str(path))
+
+
+class Emulated:
+    """The device. `launches` counts what was launched, by form."""
+
+    xp = np
+    name = "emulation"
+    multiprocessors = 3
+
+    def __init__(self, cache, *, orders=ORDERS, sources=None):
+        self.cache, self.orders, self.sources = cache, orders, sources or {}
+        self.launches = {}
+        self._functions = {}
+
+    def to_device(self, array):
+        return np.array(array)
+
+    def to_host(self, array):
+        return np.asarray(array)
+
+    def empty(self, shape, dtype):
+        """Filled with what must not be read: NaN, or a number that is out of range."""
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+        return array
+
+    def launch(self, launch):
+        self.launches[launch.form] = self.launches.get(launch.form, 0) + 1
+        arrays = [argument for argument in launch.arguments if isinstance(argument, np.ndarray)]
+        for array in arrays:
+            if not array.flags.c_contiguous:
+                raise EmulationError(f"{launch.form}: an array that is not contiguous: {array.shape}, strides {array.strides}")
+        arrays += [argument.array for argument in launch.arguments if isinstance(argument, Strided)]
+        before = [array.copy() for array in arrays]
+        first = None
+        with ONE_AT_A_TIME:
+            many = math.prod(launch.grid) * math.prod(launch.block) > MANY_THREADS
+            for order in self.orders[-1:] if many else self.orders:
+                for array, old in zip(arrays, before, strict=True):
+                    if array.flags.writeable:
+                        array[...] = old
+                self._run(launch, order)
+                after = [array.tobytes() for array in arrays]
+                if first is not None and after != first:
+                    raise EmulationError(f"{launch.form}: the result depends on the order of the threads")
+                first = after
+
+    def _run(self, launch, order):
+        function = self._function(launch)
+        shape = (ctypes.c_uint * 6)(*launch.grid, *launch.block)
+        held = [self._argument(argument) for argument in launch.arguments]
+        pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in held))
+        message = ctypes.create_string_buffer(1000)
+        room = ctypes.c_size_t(len(message))
+        if function(shape, ctypes.c_size_t(launch.shared), order, 7, pointers, message, room):
+            raise EmulationError(f"{launch.form}: {message.value.decode()}")
+
+    def _function(self, launch):
+        key = (launch.file, launch.form)
+        if key not in self._functions:
+            source, forms = self.sources.get(launch.file), known_forms(launch.file)
+            if source is not None or launch.form not in forms:
+                forms = [launch.form]
+            loaded = library(launch.file, forms, self.cache, source=source)
+            self._functions[key] = getattr(loaded, f"form_{forms.index(launch.form)}")
+        return self._functions[key]
+
+    @staticmethod
+    def _argument(argument):
+        if argument is None:
+            return ctypes.c_void_p(None)
+        argument = argument.array if isinstance(argument, Strided) else argument
+        if isinstance(argument, np.ndarray):
+            return ctypes.c_void_p(argument.ctypes.data)
+        kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float, "uint32": ctypes.c_uint32}
+        return kinds[argument.dtype.name](argument.item())
+
+    def product(self, a, b, *, transposed=False):
+        wide = np.float64 if a.dtype == np.float64 else np.float32
+        a, b = a.astype(wide), b.astype(wide)
+        return a @ (b.T if transposed else b)
+
+    def captured(self, launches):
+        launches = list(launches)
+
+        def play():
+            for launch in launches:
+                self.launch(launch)
+
+        return play
+
+    def working(self):
+        return nullcontext()
+
+
+def known_forms(file):
+    """The forms of a kernel file by the `FORMS` of the modules: they are compiled at once, as the headers cost the most."""
+    modules = (importlib.import_module(f"refmodels_cupy.{family}") for family in FAMILIES)
+    return sorted({form for module in modules for its, form in getattr(module, "FORMS", ()) if its == file})
+
+
+def kernel_names(file):
+    """The kernels that a file defines."""
+    return re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", (DIRECTORY / file).read_text())
