@@ -53,7 +53,10 @@ class Device(Protocol):
         """Put one launch into the queue."""
 
     def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
-        """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that."""
+        """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
+
+        Of int8 the sums are int32; then the sizes that are summed over and of b's rows must be multiples of 4.
+        """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
         """A function that puts all of these into the queue at once."""

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from refmodels_cupy.source import DIRECTORY
+from refmodels_cupy.accelerator import FAMILIES
+from refmodels_cupy.source import DIRECTORY, all_forms
 
 HERE = Path(__file__).parent
 ORDERS = (0, 1, 2)
@@ -109,10 +110,14 @@ class Emulated:
             raise EmulationError(f"{launch.form}: {message.value.decode()}")
 
     def _function(self, launch):
+        """The form, out of one library with all forms of its file: together they compile faster than one after the other."""
         key = (launch.file, launch.form)
         if key not in self._functions:
-            loaded = library(launch.file, [launch.form], self.cache, source=self.sources.get(launch.file))
-            self._functions[key] = loaded.form_0
+            forms = all_forms(FAMILIES)[launch.file]
+            if launch.form not in forms:
+                raise EmulationError(f"{launch.form} is in no FORMS: nothing would compile it ahead")
+            loaded = library(launch.file, forms, self.cache, source=self.sources.get(launch.file))
+            self._functions |= {(launch.file, form): getattr(loaded, f"form_{i}") for i, form in enumerate(forms)}
         return self._functions[key]
 
     @staticmethod
@@ -125,6 +130,8 @@ class Emulated:
         return kinds[argument.dtype.name](argument.item())
 
     def product(self, a, b, *, transposed=False):
+        if a.dtype == np.int8:
+            return self.product(a.astype(np.float64), b.astype(np.float64), transposed=transposed).astype(np.int32)
         wide = np.float64 if a.dtype == np.float64 else np.float32
         a, b = a.astype(wide), b.astype(wide)
         return a @ (b.T if transposed else b)
