@@ -140,7 +140,7 @@ class Gpu:
         from cupy_backends.cuda.libs import cublas
 
         (m, k), n = a.shape, b.shape[0 if transposed else 1]
-        wide = self.xp.float64 if a.dtype == np.float64 else self.xp.float32
+        wide = {"float64": np.float64, "int8": np.int32}.get(a.dtype.name, np.float32)
         with self.working():
             a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
             c = self.xp.empty((m, n), wide)
@@ -148,7 +148,8 @@ class Gpu:
                 return self.xp.zeros((m, n), wide)
             one, zero = np.ones(1, np.dtype(wide)), np.zeros(1, np.dtype(wide))
             codes = self._codes()
-            compute = cublas.CUBLAS_COMPUTE_64F if wide == self.xp.float64 else cublas.CUBLAS_COMPUTE_32F
+            computes = {np.float64: cublas.CUBLAS_COMPUTE_64F, np.int32: cublas.CUBLAS_COMPUTE_32I}
+            compute = computes.get(wide, cublas.CUBLAS_COMPUTE_32F)
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
                 self._device.cublas_handle,
@@ -172,6 +173,8 @@ class Gpu:
             "float32": runtime.CUDA_R_32F,
             "float16": runtime.CUDA_R_16F,
             "bfloat16": runtime.CUDA_R_16BF,
+            "int8": runtime.CUDA_R_8I,
+            "int32": runtime.CUDA_R_32I,
         }
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:

@@ -41,13 +41,15 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
                 for (int q = 0; q < 4; ++q) sums[o][r] = dot4(weights[o][q], numbers[q], sums[o][r]);
         }
     }
+    // Lane l finishes the result of output l / ROWS and row l % ROWS.
+    int64_t column = j + lane / ROWS;
+    int row = first + lane % ROWS, sum = 0;
 #pragma unroll
-    for (int o = 0; o < OUTPUTS; ++o)
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            int sum = warp_sum(sums[o][r]);
-            if (lane != o * ROWS + r || j + o >= n || first + r >= rows) continue;
-            float value = float(sum) / (row_scale[first + r] * scale[j + o]);
-            store(y, y_type, int64_t(first + r) * n + j + o, bias ? value + stored(bias, bias_type, j + o) : value);
-        }
+    for (int l = 0; l < ROWS * OUTPUTS; ++l) {
+        int total = warp_sum(sums[l / ROWS][l % ROWS]);
+        sum = lane == l ? total : sum;
+    }
+    if (lane >= ROWS * OUTPUTS || column >= n || row >= rows) return;
+    float value = float(sum) / (row_scale[row] * scale[column]);
+    store(y, y_type, int64_t(row) * n + column, bias ? value + stored(bias, bias_type, column) : value);
 }
