@@ -174,7 +174,7 @@ class Gpu:
             "float16": runtime.CUDA_R_16F,
             "bfloat16": runtime.CUDA_R_16BF,
             "int8": runtime.CUDA_R_8I,
-            "int32": runtime.CUDA_R_32I,
+            "int32": 10,  # CUDA_R_32I of CUDA's library_types.h, which CuPy does not name
         }
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:

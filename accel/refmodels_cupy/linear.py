@@ -83,7 +83,7 @@ class Products:
         gate, residual = (None, None, None), None
         groups = w.scale.shape[1] if w.kind == "int4" else 0
         sizes = (np.int32(number) for number in (rows, w.n, w.pitch, w.block, groups))
-        arguments = (self.filled(x, w.pitch), w.rows, *scales, *gate, *_typed(bias), residual, *_typed(y), *sizes, np.float32(factor), np.int32(0))
+        arguments = (self.filled(x, w.pitch), w.rows, *scales, *gate, *typed(bias), residual, *typed(y), *sizes, np.float32(factor), np.int32(0))
         launched = form("matvec", each, outputs, x.dtype.name, stored)
         self.device.launch(Launch("matvec.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
 
@@ -111,7 +111,7 @@ class Products:
         """y = factor * sums / (row_scale * scale) + bias, rounded to y's type."""
         rows, n = sums.shape
         sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(0))
-        arguments = (sums, row_scale, scale, *_typed(bias), None, *_typed(y), *sizes)
+        arguments = (sums, row_scale, scale, *typed(bias), None, *typed(y), *sizes)
         blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
         launched = form("epilogue", sums.dtype.name)
         self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
@@ -123,14 +123,14 @@ class Products:
             scales = (table.scale, table.zero) if table.kind == "int4" else (self.flat(scale), None)
             no_positions = (None, None, np.int32(0), np.int32(0))
             sizes = (np.int32(number) for number in (table.n, table.k, table.pitch, table.block))
-            arguments = (self.flat(ids), table.rows, *scales, *no_positions, *_typed(y), *sizes)
+            arguments = (self.flat(ids), table.rows, *scales, *no_positions, *typed(y), *sizes)
             launched = form("embedding", ids.dtype.name, "int4x2" if table.kind == "int4" else table.kind)
             blocks = (math.prod(ids.shape), 1, 1)
             self.device.launch(Launch("embedding.cu", launched, blocks, (EMBEDDING_THREADS, 1, 1), arguments))
         return y
 
 
-def _typed(array: Any) -> tuple[Any, Any]:
+def typed(array: Any) -> tuple[Any, Any]:
     """An array, or none, and its type, for a kernel that is told of it at the launch."""
     return array, np.int32(0 if array is None else STORED[array.dtype.name])
 

@@ -10,7 +10,7 @@ from refmodels.ops import quantize as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy import weights
 from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.linear import FEW, OUTPUTS, WARPS, Products, _typed, narrow_types, tiling
+from refmodels_cupy.linear import FEW, OUTPUTS, WARPS, Products, narrow_types, tiling, typed
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix
 
@@ -63,7 +63,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
             return y
         each, outputs, blocks = tiling(rows, w.n)
         sizes = (np.int32(number) for number in (rows, w.n, w.pitch))
-        arguments = (product.filled(flat, w.pitch), w.rows, *scales, *_typed(bias), *_typed(y), *sizes)
+        arguments = (product.filled(flat, w.pitch), w.rows, *scales, *typed(bias), *typed(y), *sizes)
         launched = form("matvec_int8", each, outputs)
         device.launch(Launch("matvec_int8.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
         return y

@@ -51,13 +51,12 @@ class Matrix:
         return int(self.rows.shape[1]) * (2 if self.kind == "int4" else 1)
 
     def widened(self, dtype: Any) -> Any:
-        """[n, pitch] numbers of this type: of int4 what they stand for, of int8 the integers."""
+        """[n, pitch] numbers of this type, of int8 the integers; of int4 [n, k] numbers that they stand for."""
         if self.kind != "int4":
             return self.rows.astype(dtype, copy=False)
-        groups = np.minimum(np.arange(self.pitch) // self.block, self.zero.shape[1] - 1)
-        numbers = halves(self.rows, self.pitch).astype(np.float32)
-        numbers -= self.zero[:, groups]
-        numbers *= self.scale[:, groups]
+        numbers = halves(self.rows, self.k).astype(np.float32)
+        numbers -= self.zero.repeat(self.block, 1)[:, : self.k]
+        numbers *= self.scale.repeat(self.block, 1)[:, : self.k]
         return numbers.astype(dtype, copy=False)
 
     def leaf(self) -> Any:

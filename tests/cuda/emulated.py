@@ -113,7 +113,8 @@ class Emulated:
         """The form, out of one library with all forms of its file: together they compile faster than one after the other."""
         key = (launch.file, launch.form)
         if key not in self._functions:
-            forms = all_forms(FAMILIES)[launch.file]
+            # of a source that a test plants, the one that is launched
+            forms = [launch.form] if launch.file in self.sources else all_forms(FAMILIES)[launch.file]
             if launch.form not in forms:
                 raise EmulationError(f"{launch.form} is in no FORMS: nothing would compile it ahead")
             loaded = library(launch.file, forms, self.cache, source=self.sources.get(launch.file))
