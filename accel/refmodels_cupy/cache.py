@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from refmodels.accelerator import Accelerator
 from refmodels.ops import cache as ops
 from refmodels.ops.precision import numpy_dtype

@@ -20,9 +20,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
     """Kernels for the ops of `refmodels.ops.elementwise`."""
     xp = device.xp
 
-    def each(
-        x: Any, other: Any = None, *, combination: str = "alone", factor: float = 1.0, activation: str = "linear"
-    ) -> Any:
+    def each(x: Any, other: Any = None, *, combination: str = "alone", factor: float = 1.0, activation: str = "linear") -> Any:
         y, count = device.empty(x.shape, x.dtype), np.int64(x.size)
         if y.size:
             first, second = xp.ascontiguousarray(x), None

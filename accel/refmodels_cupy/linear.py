@@ -1,4 +1,4 @@
-"""Products with a weight matrix. Few rows read the weights as they are stored, many go through cuBLAS and one kernel after it."""
+"""Products with a weight matrix. Few rows read the weights as they are stored, many go through cuBLAS."""
 
 import math
 from typing import Any
@@ -32,7 +32,12 @@ WEIGHTS = {x: (x, "float32", "int8", "int4x2") for x in HALVES} | {"float32": ("
 """Type of the rows -> types of weights that they are multiplied by. Rows of another type are widened to float32."""
 
 FORMS = [
-    *(("matvec.cu", form("matvec", rows, outputs, x, w)) for rows, outputs in OUTPUTS.items() for x in WEIGHTS for w in WEIGHTS[x]),
+    *(
+        ("matvec.cu", form("matvec", rows, outputs, x, w))
+        for rows, outputs in OUTPUTS.items()
+        for x in WEIGHTS
+        for w in WEIGHTS[x]
+    ),
     *(("epilogue.cu", form("epilogue", sums)) for sums in ("float32", "int32")),
     *(("embedding.cu", form("embedding", ids, w)) for ids in ("int32", "int64") for w in (*STORED, "int8", "int4x2")),
 ]
@@ -83,7 +88,18 @@ class Products:
         gate, residual = (None, None, None), None
         groups = w.scale.shape[1] if w.kind == "int4" else 0
         sizes = (np.int32(number) for number in (rows, w.n, w.pitch, w.block, groups))
-        arguments = (self.filled(x, w.pitch), w.rows, *scales, *gate, *typed(bias), residual, *typed(y), *sizes, np.float32(factor), np.int32(0))
+        arguments = (
+            self.filled(x, w.pitch),
+            w.rows,
+            *scales,
+            *gate,
+            *typed(bias),
+            residual,
+            *typed(y),
+            *sizes,
+            np.float32(factor),
+            np.int32(0),
+        )
         launched = form("matvec", each, outputs, x.dtype.name, stored)
         self.device.launch(Launch("matvec.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
 
@@ -169,9 +185,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         return x[:, -1] if lengths is None else x[xp.arange(len(x)), lengths - 1]
 
     @accelerator.kernel(ops.lora_product, when=narrow_types)
-    def lora_product(
-        x: Any, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Any, *, dtype: str | None = None
-    ) -> Any:
+    def lora_product(x: Any, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Any, *, dtype: str | None = None) -> Any:
         (k, groups, rank), rows = lora_kernel_a.shape, math.prod(x.shape[:-1])
         a, b = (part.astype(np.float32, copy=False) for part in (lora_kernel_a, lora_kernel_b))
         inner = device.product(xp.ascontiguousarray(x).reshape(rows, k).astype(np.float32), a.reshape(k, groups * rank))

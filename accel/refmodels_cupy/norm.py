@@ -27,7 +27,13 @@ def register(accelerator: Accelerator, device: Device) -> None:
         y = device.empty(x.shape, dtype)
         count, n = math.prod(x.shape[:-1]), x.shape[-1]
         if y.size:
-            arguments = (device.xp.ascontiguousarray(x), *map(device.xp.ascontiguousarray, leaves), y, np.int32(n), np.float32(epsilon))
+            arguments = (
+                device.xp.ascontiguousarray(x),
+                *map(device.xp.ascontiguousarray, leaves),
+                y,
+                np.int32(n),
+                np.float32(epsilon),
+            )
             device.launch(Launch("norm.cu", form(kernel, *types), (count, 1, 1), THREADS, arguments))
         return y
 

@@ -29,7 +29,9 @@ LONGEST = (2**31 - 1) // 128**2
 def fits_int32(values: Any, *arrays: Any, dtype: str, **named: Any) -> bool | str:
     """sums that fit into int32"""
     size = values.shape[-1]
-    return narrow_types(*arrays, dtype=dtype, **named) if size <= LONGEST else f"rows of {size}: sums that may not fit into int32"
+    return (
+        narrow_types(*arrays, dtype=dtype, **named) if size <= LONGEST else f"rows of {size}: sums that may not fit into int32"
+    )
 
 
 def register(accelerator: Accelerator, device: Device) -> None:

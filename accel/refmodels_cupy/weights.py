@@ -80,7 +80,7 @@ def matrix(device: Device, leaf: Any, *, by_rows: bool = False) -> Matrix:
 def int4_matrix(device: Device, leaf: Array, scale: Array, zero: Array, g_idx: Array, *, by_rows: bool, axis: int) -> Matrix:
     """Packed int4 numbers, on the host, of a matrix (k, n) whose row i is in group g_idx[i], or of a table (n, k) if `by_rows`.
 
-    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that are no runs of one length, and zeros that are no
+    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that `group_length` refuses, and zeros that are no
     int8, are rare: such a matrix is kept as the float32 numbers that it stands for.
     """
     block, whole = group_length(g_idx), np.asarray(zero).astype(np.int8)
@@ -133,7 +133,7 @@ def halves(packed: Any, size: int) -> Any:
 
 
 def packed_halves(numbers: Any, axis: int) -> Any:
-    """Two int4 numbers in a byte along the axis, the even one in the low four bits; the last byte may have 0 in its high bits."""
+    """Two int4 numbers in a byte along the axis, the even one in the low four bits. The last high bits may be 0."""
     if axis % 2 == 0:
         return packed_halves(numbers.T, -1).T.copy()
     low, high = numbers[:, 0::2] & 15, numbers[:, 1::2] << 4
