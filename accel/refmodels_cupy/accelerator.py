@@ -1,15 +1,18 @@
 """The accelerator: kernels for every op of the models, bound to one device."""
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from refmodels.accelerator import Accelerator, AcceleratorError
-from refmodels.op import Array, Params
+from refmodels.op import Array, Op, Params
+from refmodels_cupy import weights
 from refmodels_cupy.device import Device, Gpu
 
 CLAIMED = ("float32", "float16", "bfloat16")
 
-FAMILIES = ("attention", "elementwise", "norm")
+FAMILIES = ("attention", "elementwise", "linear", "quantize", "norm", "heads", "mask", "position", "cache", "sampling")
 """The modules of this package that register kernels."""
 
 OLDEST = 80
@@ -35,17 +38,36 @@ class Cupy(Accelerator):
             raise AcceleratorError(f"accelerator 'cupy': device must be an integer from 0 on, got {index!r}")
         return Cupy(Gpu(index))
 
+    def kernel(self, op: Op[..., Any], *, when: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a kernel that works on the device, when the arguments have been checked: behind it are bare addresses."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def working(*args: Any, **kwargs: Any) -> Any:
+                op.check(*args, **kwargs)
+                with self.device.working():
+                    return function(*args, **kwargs)
+
+            super(Cupy, self).kernel(op, when=when)(working)
+            return function
+
+        return register
+
     def load(self, params: Params) -> Params:
-        return _mapped(params, self.device.to_device)
+        with self.device.working():
+            return weights.loaded(self.device, params, owned=False)
+
+    def take(self, params: Params) -> Params:
+        with self.device.working():
+            return weights.loaded(self.device, params, owned=True)
+
+    def unload(self, tree: Params) -> Params:
+        with self.device.working():
+            return weights.unloaded(self.device, tree)
 
     def asarray(self, x: Array) -> Any:
         return self.device.to_device(x)
 
     def asnumpy(self, x: Any) -> Array:
-        return self.device.to_host(x)
-
-
-def _mapped(tree: Any, leaf: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _mapped(part, leaf) for key, part in tree.items()}
-    return [_mapped(part, leaf) for part in tree] if isinstance(tree, list) else leaf(tree)
+        with self.device.working():
+            return weights.on_host(self.device, x) if isinstance(x, weights.Matrix) else self.device.to_host(x)

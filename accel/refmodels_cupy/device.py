@@ -60,7 +60,10 @@ class Device(Protocol):
         """Put one launch into the queue."""
 
     def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
-        """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that."""
+        """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
+
+        Of int8 the sums are int32; then the sizes that are summed over and of b's rows must be multiples of 4.
+        """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
         """A function that puts all of these into the queue at once."""
@@ -144,7 +147,7 @@ class Gpu:
         from cupy_backends.cuda.libs import cublas
 
         (m, k), n = a.shape, b.shape[0 if transposed else 1]
-        wide = self.xp.float64 if a.dtype == np.float64 else self.xp.float32
+        wide = {"float64": np.float64, "int8": np.int32}.get(a.dtype.name, np.float32)
         with self.working():
             a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
             c = self.xp.empty((m, n), wide)
@@ -152,7 +155,8 @@ class Gpu:
                 return self.xp.zeros((m, n), wide)
             one, zero = np.ones(1, np.dtype(wide)), np.zeros(1, np.dtype(wide))
             codes = self._codes()
-            compute = cublas.CUBLAS_COMPUTE_64F if wide == self.xp.float64 else cublas.CUBLAS_COMPUTE_32F
+            computes = {np.float64: cublas.CUBLAS_COMPUTE_64F, np.int32: cublas.CUBLAS_COMPUTE_32I}
+            compute = computes.get(wide, cublas.CUBLAS_COMPUTE_32F)
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
                 self._device.cublas_handle,
@@ -176,6 +180,8 @@ class Gpu:
             "float32": runtime.CUDA_R_32F,
             "float16": runtime.CUDA_R_16F,
             "bfloat16": runtime.CUDA_R_16BF,
+            "int8": runtime.CUDA_R_8I,
+            "int32": 10,  # CUDA_R_32I of CUDA's library_types.h, which CuPy does not name
         }
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:

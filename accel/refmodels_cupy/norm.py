@@ -12,6 +12,12 @@ from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.source import form
 
 THREADS = (256, 1, 1)
+FLOATS = ("float32", "float16", "bfloat16")
+
+FORMS = [
+    *(("norm.cu", form("layer_norm", x, weight)) for x in FLOATS for weight in FLOATS),
+    *(("norm.cu", form("rms_norm", x, weight, y)) for x in FLOATS for weight in FLOATS for y in FLOATS),
+]
 
 
 def register(accelerator: Accelerator, device: Device) -> None:
@@ -21,7 +27,13 @@ def register(accelerator: Accelerator, device: Device) -> None:
         y = device.empty(x.shape, dtype)
         count, n = math.prod(x.shape[:-1]), x.shape[-1]
         if y.size:
-            arguments = (device.xp.ascontiguousarray(x), *leaves, y, np.int32(n), np.float32(epsilon))
+            arguments = (
+                device.xp.ascontiguousarray(x),
+                *map(device.xp.ascontiguousarray, leaves),
+                y,
+                np.int32(n),
+                np.float32(epsilon),
+            )
             device.launch(Launch("norm.cu", form(kernel, *types), (count, 1, 1), THREADS, arguments))
         return y
 

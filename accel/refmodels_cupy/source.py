@@ -5,7 +5,9 @@ A kernel is a template over the types that it reads and writes; a form is one ch
 """
 
 import ctypes
+import importlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,15 @@ DIRECTORY = Path(__file__).parent / "kernels"
 
 TYPES = {"float32": "float", "float16": "f16", "bfloat16": "bf16", "int8": "int8_t", "int32": "int", "int64": "int64_t"}
 """NumPy's name of a type -> its name in the kernels."""
+
+
+def all_forms(families: Iterable[str]) -> dict[str, list[str]]:
+    """Every form that the modules of these names may launch, by file."""
+    found: dict[str, list[str]] = {}
+    for family in families:
+        for file, text in getattr(importlib.import_module(f"refmodels_cupy.{family}"), "FORMS", ()):
+            found.setdefault(file, []).append(text)
+    return found
 
 
 def form(kernel: str, *arguments: str | int | bool) -> str:

@@ -110,6 +110,65 @@ __device__ __forceinline__ float power_of_2(float x) {
 #endif
 }
 
+// -- arrays whose type is known when they are launched: read or written once for each result, where the branch costs nothing ----
+
+enum Stored { FLOAT32, FLOAT16, BFLOAT16 };
+
+__device__ __forceinline__ float stored(const void* p, int type, int64_t i) {
+    if (type == FLOAT16) return widen(static_cast<const f16*>(p)[i]);
+    if (type == BFLOAT16) return widen(static_cast<const bf16*>(p)[i]);
+    return static_cast<const float*>(p)[i];
+}
+
+__device__ __forceinline__ void store(void* p, int type, int64_t i, float x) {
+    if (type == FLOAT16)
+        static_cast<f16*>(p)[i] = narrow<f16>(x);
+    else if (type == BFLOAT16)
+        static_cast<bf16*>(p)[i] = narrow<bf16>(x);
+    else
+        static_cast<float*>(p)[i] = x;
+}
+
+// -- what is done to each value -----------------------------------------------------------------------------------------------
+
+enum Activation { LINEAR, RELU, GELU, GELU_APPROXIMATE, SILU };
+
+__device__ __forceinline__ float activated(int activation, float x) {
+    if (activation == RELU) return x < 0.0f ? 0.0f : x;  // NaN stays
+    if (activation == GELU) return 0.5f * x * erfcf(-x * 0.70710678118654752f);
+    if (activation == GELU_APPROXIMATE) {
+        float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+        return x / (1.0f + expf(-2.0f * u));
+    }
+    if (activation == SILU) return x / (1.0f + expf(-x));
+    return x;
+}
+
+// -- eight values at once, from an address that is a multiple of 16 ------------------------------------------------------------
+
+__device__ __forceinline__ void eight(const float* p, float (&out)[8]) {
+    float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+template <class T>
+__device__ __forceinline__ void eight(const T* p, float (&out)[8]) {
+    uint4 bits = *reinterpret_cast<const uint4*>(p);
+    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = widen(T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))});
+}
+
+// sum + the four products of the int8 numbers in a and b
+__device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
+#ifdef EMULATED
+    for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> (8 * i))) * int8_t(b >> (8 * i));
+    return sum;
+#else
+    return __dp4a(int(a), int(b), sum);
+#endif
+}
+
 // -- sums over a warp and over a block: the same tree whatever the data, so the same bits in every run ------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -146,6 +205,11 @@ __device__ __forceinline__ float block_sum(float x) {
     float total = 0.0f;
     for (int i = 0; i < THREADS / WARP_SIZE; ++i) total += partial[i];
     return total;
+}
+
+__device__ __forceinline__ int warp_sum(int x) {
+    for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(ALL_LANES, x, by);
+    return x;
 }
 
 // -- tensor cores -------------------------------------------------------------------------------------------------------------

@@ -1,95 +1,145 @@
 // A few rows times a weight matrix, and what follows it: bias, activation, gate, residual sum. For decoding, where reading the
 // weights is all the time there is.
 //
-// The weights lie as [n, k], one output after the other (accelerator.py turns them when a model is loaded). A warp makes one
-// output for all rows of x:
+// The weights lie as [n, pitch], one output after the other, filled up with zeros to whole pieces (weights.py turns them when a
+// model is loaded). A warp makes OUTPUTS outputs for ROWS rows of x; a lane reads a piece of each output's weights at a time:
 //
-//     w[j, :]   | lane 0: 8 values | lane 1: 8 values | ... | lane 31 | lane 0 | ...    16 bytes a lane, so 512 in one piece
-//     x[r, :]   the same 8 values of each row, from the cache
+//     w[j, :]       | lane 0: a piece | lane 1: a piece | ... | lane 31 | lane 0 | ...
+//     w[j + 1, :]   | lane 0          | lane 1          | ... | lane 31 | lane 0 | ...
+//     x[r, :]       the same values of each row, from the cache; 8 of them serve all OUTPUTS
 //
-// Each lane sums its own products from left to right, then the 32 sums are added as a tree: one order, whatever the number of
-// rows, so a row's result does not depend on its batch.
+//     a piece       float32: 8 values     f16, bf16: 8     int8: 16     int4: 32, two in a byte     (16 bytes, or 32 of float32)
+//
+// Each lane sums its own products from left to right, each rounded once (fma), then the 32 sums are added as a tree: one order,
+// which no number of rows or outputs changes, so a row's bits do not depend on its batch.
 #include "device.cuh"
 
-constexpr int WARPS = 8;  // outputs of a block
+constexpr int WARPS = 8;
 
-enum Activation { LINEAR, RELU, GELU, GELU_APPROXIMATE, SILU };
+// Two int4 numbers: the even one in the low four bits, the odd one in the high four.
+struct int4x2 {
+    uint8_t pair;
+};
 
-template <int ACTIVATION>
-__device__ __forceinline__ float activated(float x) {
-    if (ACTIVATION == RELU) return fmaxf(x, 0.0f);
-    if (ACTIVATION == GELU) return 0.5f * x * erfcf(-x * 0.70710678118654752f);
-    if (ACTIVATION == GELU_APPROXIMATE) {
-        float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-        return x / (1.0f + expf(-2.0f * u));
+// What a lane reads at once of a row of weights: WORDS words in memory, PARTS times 8 values; PER values in an element.
+template <class W>
+struct Piece {  // f16, bf16
+    static constexpr int WORDS = 4, PARTS = 1, PER = 1;
+    __device__ static void part(const uint32_t (&words)[WORDS], int, float (&out)[8]) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[e] = widen(W{uint16_t(words[e / 2] >> (16 * (e % 2)))});
     }
-    if (ACTIVATION == SILU) return x / (1.0f + expf(-x));
-    return x;
-}
+};
+template <>
+struct Piece<float> {
+    static constexpr int WORDS = 8, PARTS = 1, PER = 1;
+    __device__ static void part(const uint32_t (&words)[WORDS], int, float (&out)[8]) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[e] = __int_as_float(int(words[e]));
+    }
+};
+template <>
+struct Piece<int8_t> {
+    static constexpr int WORDS = 4, PARTS = 2, PER = 1;
+    __device__ static void part(const uint32_t (&words)[WORDS], int p, float (&out)[8]) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[e] = float(int8_t(words[2 * p + e / 4] >> (8 * (e % 4))));
+    }
+};
+template <>
+struct Piece<int4x2> {
+    static constexpr int WORDS = 4, PARTS = 4, PER = 2;
+    __device__ static void part(const uint32_t (&words)[WORDS], int p, float (&out)[8]) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[e] = float(int(words[p] << (28 - 4 * e)) >> 28);  // up to the sign bit and down again
+    }
+};
 
-// Eight values of a row from place i on, widened. Rows begin at multiples of 8 values.
-__device__ __forceinline__ void eight(const float* p, float (&out)[8]) {
-    float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-}
-
-template <class T>
-__device__ __forceinline__ void eight_halves(const T* p, float (&out)[8]) {
-    uint4 bits = *reinterpret_cast<const uint4*>(p);
-    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+// The sums of products of outputs j, j + 1, ... with rows `first`, first + 1, ... of x, in every lane. Rows and outputs behind the
+// last are the last again. Of int4 a piece of 8 values lies in one group of `block`.
+template <int ROWS, int OUTPUTS, class X, class W>
+__device__ __forceinline__ void products(const X* x, int first, int rows, const W* w, const float* scale, const int8_t* zero,
+                                         int64_t j, int n, int pitch, int block, int groups, float (&sums)[OUTPUTS][ROWS]) {
+    using P = Piece<W>;
+    constexpr int VALUES = 8 * P::PARTS;
+    [[maybe_unused]] constexpr int AHEAD = ROWS * P::PARTS > 2 ? 1 : 4;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = widen(T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))});
-}
-__device__ __forceinline__ void eight(const f16* p, float (&out)[8]) { eight_halves(p, out); }
-__device__ __forceinline__ void eight(const bf16* p, float (&out)[8]) { eight_halves(p, out); }
-
-__device__ __forceinline__ void eight(const int8_t* p, float (&out)[8]) {
-    uint2 bits = *reinterpret_cast<const uint2*>(p);
+    for (int o = 0; o < OUTPUTS; ++o)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = float(int8_t((i < 4 ? bits.x : bits.y) >> (8 * (i % 4))));
-}
-
-// The sum of products of output j with each of ROWS rows of x, in every lane. k is a multiple of 8.
-template <int ROWS, class X, class W>
-__device__ __forceinline__ void products(const X* x, const W* w, int k, float (&sums)[ROWS]) {
-    int lane = threadIdx.x % WARP_SIZE;
+        for (int r = 0; r < ROWS; ++r) sums[o][r] = 0.0f;
+#pragma unroll AHEAD
+    for (int i = VALUES * int(threadIdx.x % WARP_SIZE); i < pitch; i += VALUES * WARP_SIZE) {
+        uint32_t words[OUTPUTS][P::WORDS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r] = 0.0f;
-#pragma unroll 4
-    for (int i = 8 * lane; i < k; i += 8 * WARP_SIZE) {
-        float weights[8], values[8];
-        eight(w + i, weights);
+        for (int o = 0; o < OUTPUTS; ++o) {
+            auto piece = reinterpret_cast<const uint4*>(w + (min(j + o, int64_t(n - 1)) * pitch + i) / P::PER);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            eight(x + int64_t(r) * k + i, values);
+            for (int q = 0; q < P::WORDS / 4; ++q) {
+                uint4 four = piece[q];
+                words[o][4 * q] = four.x, words[o][4 * q + 1] = four.y, words[o][4 * q + 2] = four.z, words[o][4 * q + 3] = four.w;
+            }
+        }
 #pragma unroll
-            for (int e = 0; e < 8; ++e) sums[r] += values[e] * weights[e];
+        for (int p = 0; p < P::PARTS; ++p) {
+            float weights[OUTPUTS][8];
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; ++o) {
+                P::part(words[o], p, weights[o]);
+                if constexpr (P::PER == 2) {  // (q - zero) * scale
+                    int64_t group = min(j + o, int64_t(n - 1)) * groups + min((i + 8 * p) / block, groups - 1);
+                    float z = float(zero[group]), s = scale[group];
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) weights[o][e] = (weights[o][e] - z) * s;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                float values[8];
+                eight(x + int64_t(min(first + r, rows - 1)) * pitch + i + 8 * p, values);
+#pragma unroll
+                for (int o = 0; o < OUTPUTS; ++o)
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) sums[o][r] = __fmaf_rn(values[e], weights[o][e], sums[o][r]);
+            }
         }
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r] = warp_sum(sums[r]);
+    for (int o = 0; o < OUTPUTS; ++o)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[o][r] = warp_sum(sums[o][r]);
 }
 
-// y[r, j] = residual[r, j] + activation(x[r] . w[j] / scale[j] + bias[j]) * (x[r] . gate[j] / gate_scale[j])
+// y[r, j] = residual[r, j] + activation(factor * (x[r] . w[j]) / scale[j] + bias[j]) * (x[r] . gate[j] / gate_scale[j])
 //
-// scale, bias, gate, gate_scale and residual may be null: 1, 0, no gate, 1, 0. A scale is what int8 numbers are divided by.
-template <int ROWS, int ACTIVATION, class X, class W, class P, class Y>
+// x and w have rows of `pitch` values, whole pieces with zeros at the end. bias, gate and residual may be null: 0, no gate, 0. Of
+// int8 weights scale [n] is what they are divided by; of int4 scale and zero are [n, groups], and a weight is (q - zero) * scale.
+// residual and y are of one type.
+template <int ROWS, int OUTPUTS, class X, class W>
 __global__ void __launch_bounds__(WARPS * WARP_SIZE)
-    matvec(const X* x, const W* w, const float* scale, const P* bias, const W* gate, const float* gate_scale, const Y* residual,
-           Y* y, int n, int k) {
-    int64_t j = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP_SIZE;
+    matvec(const X* x, const W* w, const float* scale, const int8_t* zero, const W* gate, const float* gate_scale,
+           const int8_t* gate_zero, const void* bias, int bias_type, const void* residual, void* y, int y_type, int rows, int n,
+           int pitch, int block, int groups, float factor, int activation) {
+    // Blocks that read the same weights for other rows come one after the other.
+    int parts = (rows + ROWS - 1) / ROWS, first = int(blockIdx.x % parts) * ROWS, lane = threadIdx.x % WARP_SIZE;
+    int64_t j = (int64_t(blockIdx.x / parts) * WARPS + threadIdx.x / WARP_SIZE) * OUTPUTS;
     if (j >= n) return;  // a whole warp: its other lanes have the same j
-    x += int64_t(blockIdx.y) * ROWS * k;
-    float sums[ROWS], gates[ROWS];
-    products<ROWS>(x, w + j * k, k, sums);
-    if (gate) products<ROWS>(x, gate + j * k, k, gates);
-    if (threadIdx.x % WARP_SIZE) return;
+    // Lane l finishes the result of output l / ROWS and row l % ROWS.
+    int64_t column = j + lane / ROWS;
+    int row = first + lane % ROWS;
+    bool mine = lane < ROWS * OUTPUTS && column < n && row < rows;
+    float value = 0.0f;
+#pragma unroll 1
+    for (int pass = 0; pass < (gate ? 2 : 1); ++pass) {
+        float sums[OUTPUTS][ROWS], sum = 0.0f;
+        const float* over = pass ? gate_scale : scale;
+        products<ROWS, OUTPUTS>(x, first, rows, pass ? gate : w, over, pass ? gate_zero : zero, j, n, pitch, block, groups, sums);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        float value = scale ? sums[r] / scale[j] : sums[r];
-        value = activated<ACTIVATION>(bias ? value + widen(bias[j]) : value);
-        if (gate) value *= gate_scale ? gates[r] / gate_scale[j] : gates[r];
-        int64_t place = (int64_t(blockIdx.y) * ROWS + r) * n + j;
-        y[place] = narrow<Y>(residual ? widen(residual[place]) + value : value);
+        for (int l = 0; l < ROWS * OUTPUTS; ++l) sum = lane == l ? sums[l / ROWS][l % ROWS] : sum;
+        if (!mine) continue;
+        if constexpr (Piece<W>::PARTS == 2) sum /= over[column];  // int8
+        value = pass ? value * sum : activated(activation, bias ? factor * sum + stored(bias, bias_type, column) : factor * sum);
     }
+    if (!mine) return;
+    int64_t place = int64_t(row) * n + column;
+    store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
 }

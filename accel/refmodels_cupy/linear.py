@@ -1,0 +1,201 @@
+"""Products with a weight matrix. Few rows read the weights as they are stored, many go through cuBLAS."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refmodels.accelerator import Accelerator
+from refmodels.ops import linear as ops
+from refmodels.ops.precision import numpy_dtype
+from refmodels_cupy.device import Device, Launch
+from refmodels_cupy.source import form
+from refmodels_cupy.weights import Matrix, matrix
+
+FEW = 16
+"""Rows up to which the weights are read by matvec.cu."""
+
+OUTPUTS = {1: 1, 2: 1, 4: 2, 8: 4}
+"""Rows of x that one warp takes -> outputs that it makes of them, so that the rows are read from the cache less often."""
+
+WARPS = 8
+EPILOGUE_THREADS = 256
+EMBEDDING_THREADS = 128
+
+STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
+"""Types that a kernel is told of when it is launched: `Stored` in device.cuh."""
+
+ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_approximate": 3, "silu": 4}
+
+HALVES = ("float16", "bfloat16")
+WEIGHTS = {x: (x, "float32", "int8", "int4x2") for x in HALVES} | {"float32": ("float32", *HALVES, "int8", "int4x2")}
+"""Type of the rows -> types of weights that they are multiplied by. Rows of another type are widened to float32."""
+
+FORMS = [
+    *(
+        ("matvec.cu", form("matvec", rows, outputs, x, w))
+        for rows, outputs in OUTPUTS.items()
+        for x in WEIGHTS
+        for w in WEIGHTS[x]
+    ),
+    *(("epilogue.cu", form("epilogue", sums)) for sums in ("float32", "int32")),
+    *(("embedding.cu", form("embedding", ids, w)) for ids in ("int32", "int64") for w in (*STORED, "int8", "int4x2")),
+]
+
+
+def tiling(rows: int, n: int) -> tuple[int, int, tuple[int, int, int]]:
+    """Rows and outputs of a warp, and blocks, for so many rows and outputs in all."""
+    each = next((count for count in OUTPUTS if count >= rows), max(OUTPUTS))
+    return each, OUTPUTS[each], (-(-n // (WARPS * OUTPUTS[each])) * -(-rows // each), 1, 1)
+
+
+class Products:
+    """Products of rows with matrices on one device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def matrix(self, weights: Any, *, by_rows: bool = False) -> Matrix:
+        """A leaf that was loaded is a matrix already; a bare array, as a plain op is given, becomes one for this call."""
+        return weights if isinstance(weights, Matrix) else matrix(self.device, weights, by_rows=by_rows)
+
+    def flat(self, x: Any) -> Any:
+        """The array with its values one after the other."""
+        return None if x is None else self.device.xp.ascontiguousarray(x)
+
+    def __call__(
+        self, x: Any, w: Matrix, dtype: str | None, *, bias: Any = None, scale: Any = None, factor: float = 1.0
+    ) -> Any:
+        """factor * (x @ w) / scale + bias, rounded once to `dtype` or the type of x. `scale` is int8 weights'."""
+        result = numpy_dtype(dtype) if dtype else x.dtype
+        rows, y = math.prod(x.shape[:-1]), self.device.empty((*x.shape[:-1], w.n), result)
+        if y.size == 0:
+            return y
+        flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
+        scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
+        if rows <= FEW:
+            self._few(flat, w, y, bias, scale, factor)
+        else:
+            self._many(flat, w, y, bias, scale, factor)
+        return y
+
+    def _few(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
+        rows, stored = len(x), "int4x2" if w.kind == "int4" else w.kind
+        if stored not in WEIGHTS[x.dtype.name]:
+            x = x.astype(np.float32)
+        each, outputs, blocks = tiling(rows, w.n)
+        scales = (w.scale, w.zero) if w.kind == "int4" else (scale, None)
+        gate, residual = (None, None, None), None
+        groups = w.scale.shape[1] if w.kind == "int4" else 0
+        sizes = (np.int32(number) for number in (rows, w.n, w.pitch, w.block, groups))
+        arguments = (
+            self.filled(x, w.pitch),
+            w.rows,
+            *scales,
+            *gate,
+            *typed(bias),
+            residual,
+            *typed(y),
+            *sizes,
+            np.float32(factor),
+            np.int32(0),
+        )
+        launched = form("matvec", each, outputs, x.dtype.name, stored)
+        self.device.launch(Launch("matvec.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
+
+    def _many(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
+        # int8 numbers are exact in half precision, what int4 numbers stand for is not
+        common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
+        sums = self.sums(x.astype(common, copy=False), w.widened(common))
+        self.finish(sums, y, bias=bias, scale=scale, factor=factor)
+
+    def sums(self, x: Any, weights: Any) -> Any:
+        """x @ weights.T for weights [n, pitch] with zeros behind the inputs."""
+        return self.device.product(self.filled(x, weights.shape[1]), weights, transposed=True)
+
+    def filled(self, x: Any, pitch: int) -> Any:
+        """Rows of `pitch` values, the last of which are zeros: those of models seldom need any."""
+        if x.shape[1] == pitch:
+            return x
+        filled = self.device.xp.zeros((len(x), pitch), x.dtype)
+        filled[:, : x.shape[1]] = x
+        return filled
+
+    def finish(
+        self, sums: Any, y: Any, *, bias: Any = None, row_scale: Any = None, scale: Any = None, factor: float = 1.0
+    ) -> None:
+        """y = factor * sums / (row_scale * scale) + bias, rounded to y's type."""
+        rows, n = sums.shape
+        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(0))
+        arguments = (sums, row_scale, scale, *typed(bias), None, *typed(y), *sizes)
+        blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
+        launched = form("epilogue", sums.dtype.name)
+        self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
+
+    def rows(self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None) -> Any:
+        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's."""
+        y = self.device.empty((*ids.shape, table.k), numpy_dtype(dtype) if dtype else table.dtype)
+        if y.size:
+            scales = (table.scale, table.zero) if table.kind == "int4" else (self.flat(scale), None)
+            no_positions = (None, None, np.int32(0), np.int32(0))
+            sizes = (np.int32(number) for number in (table.n, table.k, table.pitch, table.block))
+            arguments = (self.flat(ids), table.rows, *scales, *no_positions, *typed(y), *sizes)
+            launched = form("embedding", ids.dtype.name, "int4x2" if table.kind == "int4" else table.kind)
+            blocks = (math.prod(ids.shape), 1, 1)
+            self.device.launch(Launch("embedding.cu", launched, blocks, (EMBEDDING_THREADS, 1, 1), arguments))
+        return y
+
+
+def typed(array: Any) -> tuple[Any, Any]:
+    """An array, or none, and its type, for a kernel that is told of it at the launch."""
+    return array, np.int32(0 if array is None else STORED[array.dtype.name])
+
+
+def narrow_types(*arrays: Any, **named: Any) -> bool | str:
+    """float32 and narrower"""
+    for value in (*arrays, *named.values()):
+        if value == "float64" if isinstance(value, str) else getattr(value, "dtype", None) == np.float64:
+            return "float64: the reference's"
+    return True
+
+
+def register(accelerator: Accelerator, device: Device) -> None:
+    """Kernels for the ops of `refmodels.ops.linear`."""
+    xp, product = device.xp, Products(device)
+
+    @accelerator.kernel(ops.linear, when=narrow_types)
+    def linear(x: Any, kernel: Any, bias: Any = None, *, dtype: str | None = None) -> Any:
+        return product(x, product.matrix(kernel), dtype, bias=bias)
+
+    @accelerator.kernel(ops.logits_from_embeddings, when=narrow_types)
+    def logits_from_embeddings(x: Any, embeddings: Any, *, scale: float = 1.0) -> Any:
+        return product(x, product.matrix(embeddings, by_rows=True), None, factor=scale)
+
+    @accelerator.kernel(ops.embedding, when=narrow_types)
+    def embedding(ids: Any, embeddings: Any, *, dtype: str | None = None) -> Any:
+        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else _as_it_is(embeddings), dtype)
+
+    def _as_it_is(table: Any) -> Matrix:
+        """A table that only rows are taken of: nothing of it is moved."""
+        table = xp.ascontiguousarray(table)
+        return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
+
+    @accelerator.kernel(ops.last_rows)
+    def last_rows(x: Any, lengths: Any = None) -> Any:
+        return x[:, -1] if lengths is None else x[xp.arange(len(x)), lengths - 1]
+
+    @accelerator.kernel(ops.lora_product, when=narrow_types)
+    def lora_product(x: Any, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Any, *, dtype: str | None = None) -> Any:
+        (k, groups, rank), rows = lora_kernel_a.shape, math.prod(x.shape[:-1])
+        a, b = (part.astype(np.float32, copy=False) for part in (lora_kernel_a, lora_kernel_b))
+        inner = device.product(xp.ascontiguousarray(x).reshape(rows, k).astype(np.float32), a.reshape(k, groups * rank))
+        y = device.product(inner.reshape(rows * groups, rank), b) * lora_scale.astype(np.float32)
+        return y.reshape(*x.shape[:-1], groups * b.shape[1]).astype(numpy_dtype(dtype) if dtype else x.dtype)
+
+    @accelerator.kernel(ops.lora_merged, when=narrow_types)
+    def lora_merged(kernel: Any, lora_kernel_a: Any, lora_kernel_b: Any, lora_scale: Any) -> Any:
+        plain = kernel.leaf() if isinstance(kernel, Matrix) else kernel
+        k, groups, rank = lora_kernel_a.shape
+        a, b = (part.astype(np.float32, copy=False) for part in (lora_kernel_a, lora_kernel_b))
+        change = device.product(a.reshape(k * groups, rank), b) * lora_scale.astype(np.float32)
+        return (plain.astype(np.float32) + change.reshape(plain.shape)).astype(plain.dtype)
