@@ -18,20 +18,29 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     @accelerator.kernel(ops.cache_append)
     def cache_append(cache: Any, new: Any, start: Any = None) -> Any:
-        """How far the cache is filled is a question to the device, for which the host waits; without `start` it knows."""
         length = new.shape[1]
+        end = filled(device, start, length, cache.shape[1])
         if start is None:
             cache[:, :length] = new
-            return cache[:, :length]
-        on_host = device.to_host(start)
-        first, end = int(on_host.min(initial=0)), int(on_host.max(initial=0)) + length
-        if first < 0 or end > cache.shape[1]:
-            outside = end - 1 if end > cache.shape[1] else first
-            raise ValueError(f"cache_append: position {outside} is outside the cache's {cache.shape[1]}")
-        rows = xp.arange(len(cache))[:, None]
-        cache[rows, start[:, None] + xp.arange(length)] = new
+        else:
+            cache[xp.arange(len(cache))[:, None], start[:, None] + xp.arange(length)] = new
         return cache[:, :end]
 
     @accelerator.kernel(ops.cache_select)
     def cache_select(cache: Any, rows: Any) -> Any:
         return cache[rows]
+
+
+def filled(device: Device, start: Any, length: int, capacity: int) -> int:
+    """How far a cache is filled when `length` positions from start[i] on have been written to. ValueError for one outside.
+
+    With `start`, on the device, the host has to wait for the answer.
+    """
+    first, end = 0, length
+    if start is not None:
+        on_host = device.to_host(start)
+        first, end = int(on_host.min(initial=0)), int(on_host.max(initial=0)) + length
+    if first < 0 or end > capacity:
+        outside = end - 1 if end > capacity else first
+        raise ValueError(f"cache_append: position {outside} is outside the cache's {capacity}")
+    return end
