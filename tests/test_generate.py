@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
+from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM, use
+from refmodels.accelerator import Accelerator
 from refmodels.causal_lm import CausalLM
 from refmodels.generate import Sampling, beam_search
+from refmodels.ops.sampling import greedy_token, sample_token
 from refmodels.seq_2_seq_lm import Seq2SeqLM
 from refmodels.task import Task
 
@@ -66,6 +68,44 @@ def tokens(output):
 
 
 families = pytest.mark.parametrize("family", ["t5", "opt", "bloom"])
+
+
+class FourAhead(Accelerator):
+    """Chooses up to four tokens before anyone looks at them, by the reference. `asked` is how many, call by call."""
+
+    ahead = 4
+
+    def __init__(self, *, declines=()):
+        super().__init__("four ahead")
+        self.asked, self.declines = [], declines
+
+    def decode_tokens(self, step, token_ids, positions, remaining, params, cache, config, *, count, uniform=None, **settings):
+        self.asked.append(count)
+        if len(self.asked) in self.declines:
+            return None
+        found = []
+        for i in range(count):
+            places = positions + np.minimum(i, remaining)
+            logits = step(token_ids[:, None], np.ones((len(token_ids), 1), bool), places, params, cache, config)
+            token_ids = greedy_token(logits) if uniform is None else sample_token(logits, uniform[i], **settings)
+            found.append(token_ids)
+        return np.stack(found, 1)
+
+
+@families
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("declines", [(), (2,)])
+def test_tokens_that_are_chosen_ahead_are_the_same_tokens(family, settings, declines):
+    task, accelerator = task_of(family), FourAhead(declines=declines)
+    for limit in ({"max_new_tokens": 11}, {"max_length": 9}):  # the second leaves each row another number
+        asked = {"stop_token_ids": [1], **limit, **settings}
+        wanted = tokens(task.generate(inputs_of(family), **asked))
+        with use(accelerator):
+            assert tokens(task.generate(inputs_of(family), **asked)) == wanted
+    chosen = [row for row in Sampling.of(settings, len(PROMPTS)) if row.kind not in ("beam", "contrastive")]
+    free = chosen and not any(row.repetition_penalty or row.no_repeat_ngram_size for row in chosen)
+    assert bool(accelerator.asked) == bool(free)
+    assert set(accelerator.asked) <= {2, 3, 4}
 
 
 @families
