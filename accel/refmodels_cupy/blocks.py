@@ -86,14 +86,14 @@ class Block:
         return self._product(self._inputs(hidden, table, name), weights, None, None, factor=scale)
 
     def _inputs(self, x: Any, p: Params, name: str = "kernel") -> tuple[Any, Any]:
-        """What products with these weights read: the rows, or their int8 numbers and scales; with zeros up to the pitch."""
+        """What products with these weights read: the rows, or their int8 numbers and scales. Few have zeros up to the pitch."""
         weights = _weights(p, name)
         pitch = weights.matrix.pitch
         if weights.is_integer:
             values, scale = self.device.empty((len(x), pitch), np.int8), self.device.empty((len(x),), np.float32)
             rows_to_int8(self.device, x, scale, values)
             return values, scale
-        if x.shape[1] == pitch:
+        if x.shape[1] == pitch or len(x) > MOST:
             return x, None
         wider = self.device.empty((len(x), pitch), x.dtype)
         wider[...] = 0
@@ -139,8 +139,8 @@ class Block:
 
     def vectors(self, ids: Any, table: Params, *, dtype: str | None = None, **positions: Any) -> Any:
         """`token_vectors` of ids [rows], int32, in the block's type or `dtype`; `positions` as for `Products.rows`."""
-        scale = table.get("embeddings_weight_only_scale", table.get("embeddings_scale"))
-        return self.products.rows(ids, table["embeddings"], dtype or self.dtype.name, scale=scale, **positions)
+        w = _weights(table, "embeddings")
+        return self.products.rows(ids, w.matrix, dtype or self.dtype.name, scale=w.scale, **positions)
 
     def position_vectors(self, position_ids: Any, table: Any) -> Any:
         """Rows of a table of positions, ids int32."""

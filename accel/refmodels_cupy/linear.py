@@ -147,7 +147,7 @@ class Products:
         activation: str = "linear",
         residual: Any = None,
     ) -> None:
-        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which residual has too."""
+        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which is residual's."""
         rows, n = sums.shape
         sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
         arguments = (sums, row_scale, scale, *typed(bias), residual, *typed(y), *sizes)

@@ -1,4 +1,4 @@
-"""Launches that are recorded once and played many times: a decode step is one graph for the GPU, which the host starts with one call.
+"""Launches that are recorded once and played many times: a decode step is one graph, which the host starts with one call.
 
 Whatever makes launches takes a `Device` and calls its `launch`. Given a `Recorder` in its place, the same code leaves a list.
 """
