@@ -1,4 +1,4 @@
-"""The key/value cache on the device: written by a kernel for composites, by array functions that CuPy and NumPy have for ops."""
+"""The key/value cache on the device: written by a kernel for composites, by array functions that NumPy has too for ops."""
 
 from typing import Any
 
