@@ -242,8 +242,7 @@ FAULTS = {
     "the first warp's values": ("quantize.cu", "i < THREADS / WARP_SIZE; ++i) largest", "i < 1; ++i) largest",
         one_large_value()),
     "high and low nibbles": ("embedding.cu", "j % 2 ?", "j % 2 == 0 ?", quantised_table()),
-    "the first group's scale": ("embedding.cu", ")) * scale[id * groups + j / block]",
-        ")) * scale[id * groups]", quantised_table()),
+    "the first group's scale": ("embedding.cu", "scale[group]", "scale[group - j / block]", quantised_table()),
     "the next row": ("embedding.cu", "table + id * pitch", "table + (id + 1) % v * pitch", a_table()),
     "a row's first 128 values": ("embedding.cu", "j < n; j += THREADS", "j < n && j < THREADS; j += THREADS", a_table()),
 }  # fmt: skip
