@@ -7,7 +7,7 @@ from typing import Any
 
 from refmodels.accelerator import Accelerator, AcceleratorError
 from refmodels.op import Array, Op, Params
-from refmodels_cupy import weights
+from refmodels_cupy import limits, weights
 from refmodels_cupy.device import Device, Gpu
 
 CLAIMED = ("float32", "float16", "bfloat16")
@@ -71,3 +71,9 @@ class Cupy(Accelerator):
     def asnumpy(self, x: Any) -> Array:
         with self.device.working():
             return weights.on_host(self.device, x) if isinstance(x, weights.Matrix) else self.device.to_host(x)
+
+    def hardware(self) -> dict[str, str]:
+        return self.device.description()
+
+    def limits(self) -> tuple[float, float]:
+        return limits.measured(self.device)

@@ -4,6 +4,7 @@ The tests have another: it runs the same kernels on the CPU, and NumPy in place 
 CuPy, and everything else can be tested without a GPU.
 """
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -46,6 +47,9 @@ class Device(Protocol):
 
     name: str
     multiprocessors: int
+
+    def description(self) -> dict[str, str]:
+        """The device in words: its name as `device`, and whatever else decides how fast it is."""
 
     def to_device(self, array: Array) -> Any:
         """A copy of a host array."""
@@ -108,6 +112,18 @@ class Gpu:
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
         return int(self._device.attributes["MultiProcessorCount"])
+
+    def description(self) -> dict[str, str]:
+        properties, runtime = self.xp.cuda.runtime.getDeviceProperties(self.index), self.xp.cuda.runtime
+        return {
+            "device": self.name,
+            "memory": f"{properties['totalGlobalMem'] / 1e9:.1f} GB",
+            "compute capability": f"{properties['major']}.{properties['minor']}",
+            "multiprocessors": str(self.multiprocessors),
+            "driver": f"{_driver(self.index)}for CUDA {_version(runtime.driverGetVersion())}",
+            "CUDA runtime": _version(runtime.runtimeGetVersion()),
+            "cupy": str(self.xp.__version__),
+        }
 
     def to_device(self, array: Array) -> Any:
         with self.working():
@@ -210,3 +226,17 @@ class Gpu:
 def _passed(argument: Any) -> Any:
     """An argument as CuPy takes it."""
     return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument
+
+
+def _version(number: int) -> str:
+    """CUDA's 13010 is 13.1."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver(index: int) -> str:
+    """The driver's own number and a comma, if nvidia-smi is there to ask."""
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return f"{subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()}, "
+    except (OSError, subprocess.SubprocessError):
+        return ""
