@@ -60,7 +60,11 @@ class Accelerator:
     dtypes      types of activations that its kernels are for; the reference runs the others
     tiles       sizes at which its kernels begin another block: sizes about them are tried
     invariant   a row's result is the same bits whatever its batch, padding, chunks and number of threads, and in every run
+
+    `ahead` is how many tokens generation may have `decode_tokens` choose before it looks at them; 1, the default: none.
     """
+
+    ahead = 1
 
     def __init__(
         self,
@@ -191,6 +195,31 @@ class Accelerator:
         The dictionaries and lists of `tree` are this call's own, to be taken apart as it goes. Leaves and private entries may
         be in use: nothing in them may be written to, and the arrays that are given share no memory with them. None, the
         default, is for an accelerator that takes nothing.
+        """
+        return None
+
+    def decode_tokens(
+        self,
+        step: Op[..., Any],
+        token_ids: Any,
+        positions: Any,
+        remaining: Any,
+        params: Params,
+        cache: Params,
+        config: Any,
+        *,
+        count: int,
+        uniform: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """The next `count` tokens of every row, (b, count), or None, the default: they are chosen one at a time, on the host.
+
+        step        the composite to run in a row: `opt_decode_step`, `bloom_decode_step` or `t5_decode_step`
+        token_ids   (b,) the tokens to begin with, to be taken in at `positions` (b,); those of step i at
+                    positions + min(i, remaining): a row that has its `remaining` (b,) tokens stays where it is
+        uniform     (count, b), with the settings of `sample_token`, which then chooses; None: `greedy_token` does
+
+        Only an accelerator with `ahead` above 1 is asked, for up to that many tokens. All arrays are its own.
         """
         return None
 

@@ -510,6 +510,27 @@ class Backbone(ABC):
             ids, mask, places = (self.on_device(array) for array in (token_ids, padding_mask, positions))
             return self.decode_op(ids, mask, places, self.device_params, cache, self.config)
 
+    @property
+    def ahead(self) -> int:
+        """How many tokens `decode_tokens` may be asked for at once; 1: none."""
+        accelerator = self._in_force()
+        return 1 if accelerator is None else accelerator.ahead
+
+    def decode_tokens(
+        self, token_ids: Array, positions: Array, remaining: Array, cache: Params, *, count: int, **choice: Array
+    ) -> Array | None:
+        """The next `count` tokens of every row (b, count), as `Accelerator.decode_tokens` has them; None if it does not."""
+        accelerator = self._in_force()
+        if accelerator is None:
+            return None
+        with self.running():
+            ids, places, left = (self.on_device(array) for array in (token_ids, positions, remaining))
+            how = {name: self.on_device(array) for name, array in choice.items()}
+            found = accelerator.decode_tokens(
+                self.decode_op, ids, places, left, self.device_params, cache, self.config, count=count, **how
+            )
+            return None if found is None else np.asarray(self.on_host(found))
+
     @cached_property
     def token_embedding(self) -> "TokenEmbedding":
         """The layer of token embeddings; `token_embedding(hidden, reverse=True)` gives logits."""

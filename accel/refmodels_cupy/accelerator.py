@@ -8,11 +8,13 @@ from typing import Any
 from refmodels.accelerator import Accelerator, AcceleratorError
 from refmodels.op import Array, Op, Params
 from refmodels_cupy import limits, weights
+from refmodels_cupy.decoding import AHEAD, Decoding
 from refmodels_cupy.device import Device, Gpu
 
 CLAIMED = ("float32", "float16", "bfloat16")
 
-FAMILIES = ("attention", "elementwise", "linear", "quantize", "norm", "heads", "mask", "position", "cache", "sampling")
+FAMILIES = ("attention", "elementwise", "linear", "quantize", "norm", "heads", "mask", "position", "cache", "sampling",
+            "opt", "bloom", "t5", "decoding")  # fmt: skip
 """The modules of this package that register kernels."""
 
 OLDEST = 80
@@ -22,9 +24,12 @@ OLDEST = 80
 class Cupy(Accelerator):
     """Kernels on one device. `find("cupy", device=1)` is the second GPU."""
 
+    ahead = AHEAD
+
     def __init__(self, device: Device) -> None:
         super().__init__("cupy", dtypes=CLAIMED, tiles=(32, 256))
         self.device = device
+        self.decoding: dict[Op[..., Any], Decoding] = {}
         for family in FAMILIES:
             importlib.import_module(f"refmodels_cupy.{family}").register(self, device)
 
@@ -64,6 +69,10 @@ class Cupy(Accelerator):
     def unload(self, tree: Params) -> Params:
         with self.device.working():
             return weights.unloaded(self.device, tree)
+
+    def decode_tokens(self, step: Op[..., Any], *args: Any, **how: Any) -> Any:
+        with self.device.working():
+            return self.decoding[step].tokens(*args, **how)
 
     def asarray(self, x: Array) -> Any:
         return self.device.to_device(x)

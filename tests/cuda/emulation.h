@@ -406,6 +406,10 @@ inline int launch_kernel(void (*kernel)(A...), const unsigned* shape, size_t dyn
     emulation::collective(mask, value, EMULATION_HERE, \
                           [&](auto at) { return at(std::min(31u, emulation::lane() + unsigned(by))); })
 
+#define __shfl_up_sync(mask, value, by)               \
+    emulation::collective(mask, value, EMULATION_HERE, \
+                          [&](auto at) { return at(emulation::lane() - (emulation::lane() < unsigned(by) ? 0u : unsigned(by))); })
+
 #define __ballot_sync(mask, predicate)                                               \
     emulation::collective(mask, int(bool(predicate)), EMULATION_HERE, [&](auto at) { \
         uint32_t bits = 0;                                                           \
