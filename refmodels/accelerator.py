@@ -263,6 +263,15 @@ class Accelerator:
         """
         return None
 
+    def hardware(self) -> dict[str, str] | None:
+        """What it runs on, in words by name (`device`, then others), if that is no processor of the host. None if it is."""
+        return None
+
+    def limits(self) -> tuple[float, float] | None:
+        """What `hardware` can do, measured now: bytes a second that its memory gives, operations a second of its fastest
+        product of bfloat16 matrices. None where there is no `hardware`: the host's limits are this accelerator's."""
+        return None
+
     def missing(self) -> str | None:
         """None, or the reason why this accelerator cannot run on this machine."""
         return None

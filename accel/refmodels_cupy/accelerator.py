@@ -9,7 +9,7 @@ from typing import Any
 
 from refmodels.accelerator import Accelerator, AcceleratorError, Room
 from refmodels.op import Array, Op, Params
-from refmodels_cupy import compiler, installation, weights
+from refmodels_cupy import compiler, installation, limits, weights
 from refmodels_cupy.decoding import AHEAD, Decoding
 from refmodels_cupy.device import Device, Gpu
 from refmodels_cupy.source import all_forms
@@ -115,6 +115,12 @@ class Cupy(Accelerator):
     def asnumpy(self, x: Any) -> Array:
         with self.device.working():
             return weights.on_host(self.device, x) if isinstance(x, weights.Matrix) else self.device.to_host(x)
+
+    def hardware(self) -> dict[str, str]:
+        return self.device.description()
+
+    def limits(self) -> tuple[float, float]:
+        return limits.measured(self.device)
 
 
 cupy = Cupy(Gpu())

@@ -4,6 +4,7 @@ The tests have another: it runs the same kernels on the CPU, and NumPy in place 
 that it and the accelerator ask for compiled kernels and for what is installed, names CuPy.
 """
 
+import subprocess
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,9 @@ class Device(Protocol):
     @property
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
+
+    def description(self) -> dict[str, str]:
+        """The device in words: its name as `device`, and whatever else decides how fast it is."""
 
     def to_device(self, array: Array) -> Any:
         """A copy of a host array."""
@@ -123,6 +127,18 @@ class Gpu:
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
         return int(self._device.attributes["MultiProcessorCount"])
+
+    def description(self) -> dict[str, str]:
+        properties, runtime = self.xp.cuda.runtime.getDeviceProperties(self.index), self.xp.cuda.runtime
+        return {
+            "device": self.name,
+            "memory": f"{properties['totalGlobalMem'] / 1e9:.1f} GB",
+            "compute capability": f"{properties['major']}.{properties['minor']}",
+            "multiprocessors": str(self.multiprocessors),
+            "driver": f"{_driver(self.index)}for CUDA {_version(runtime.driverGetVersion())}",
+            "CUDA runtime": _version(runtime.runtimeGetVersion()),
+            "cupy": str(self.xp.__version__),
+        }
 
     def room(self) -> tuple[int, int]:
         """Bytes of its memory that are free, the pool's among them, and all bytes."""
@@ -344,5 +360,22 @@ _current = threading.local()
 
 
 def _passed(argument: Any) -> Any:
+    """An argument as CuPy takes it."""
+    return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument
+
+
+def _version(number: int) -> str:
+    """CUDA's 13010 is 13.1."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver(index: int) -> str:
+    """The driver's own number and a comma, if nvidia-smi is there to ask."""
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return f"{subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()}, "
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
     """An argument as CuPy takes it; None is a null address."""
     return argument.array if isinstance(argument, Strided) else argument
