@@ -20,7 +20,8 @@ OUTPUTS = {1: 1, 2: 1, 4: 2, 8: 4}
 often."""
 
 TILES = ((8, 16), (32, 32), (64, 16), (64, 32))
-"""Rows and outputs of a block of matmul_few.cu. The last has no registers for int4 weights, whose groups have sums of their own."""
+"""Rows and outputs of a block of matmul_few.cu. The last has no registers left for int4 weights, whose groups have
+sums of their own."""
 
 QUEUE = 64 * 1024
 """Bytes of weights that such a block has under way, in shared memory, where its sums have a place beside them."""

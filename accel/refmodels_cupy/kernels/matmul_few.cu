@@ -224,7 +224,7 @@ __device__ __forceinline__ void products(const X* x, const W* w, const float* sc
 // bias, gate and residual may be null: 0, no gate, 0. residual and y are of one type. A tile of int4 lies in one group: `block` is a
 // multiple of 128, or there is one group.
 template <int ROWS, int OUTPUTS, class X, class W>
-__global__ void __launch_bounds__(THREADS, OUTPUTS * ROWS * Operand<X, W>::PER > 1024 ? 1 : 2)
+__global__ void __launch_bounds__(THREADS, ROWS * Operand<X, W>::PER > 32 ? 1 : 2)
     matmul_few(const X* x, const float* row_scale, const W* w, const float* scale, const int8_t* zero, const W* gate,
                const float* gate_scale, const int8_t* gate_zero, const void* bias, int bias_type, const void* residual, void* y,
                int y_type, int rows, int n, int pitch, int block, int groups, float factor, int activation) {
