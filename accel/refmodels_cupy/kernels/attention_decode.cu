@@ -46,7 +46,7 @@ __device__ __forceinline__ void merge(const float* partial, T* context, int* arr
     __syncthreads();
     if (threadIdx.x == 0) before[0] = atomicAdd(arrived, 1);
     __syncthreads();
-    if (before[0] + 1 < pieces) return;
+    if (before[0] + 1 != pieces) return;
     __threadfence();
     float peak = FORBIDDEN, total = 0.0f;
     for (int i = 0; i < pieces; ++i) peak = fmaxf(peak, of_others(partial + int64_t(i) * (size + 2)));
