@@ -113,10 +113,12 @@ struct Copy {
     const void* from;
     size_t size;
     bool there;
+    unsigned group;
 };
 
 struct Fiber {
     std::vector<Copy> copies;  // begun and not awaited
+    unsigned groups = 0;  // of copies, closed
     void* place = nullptr;  // of its stack, while another runs
     std::unique_ptr<char[]> stack{new char[STACK]};
     bool done = false;
@@ -242,18 +244,24 @@ inline void copy_async(void* to, const void* from, size_t size, bool there) {
     if (reinterpret_cast<uintptr_t>(to) % size || (there && reinterpret_cast<uintptr_t>(from) % size))
         fail("cp.async: an address that is no multiple of " + std::to_string(size));
     std::memset(to, 0xff, size);
-    block->fibers[block->current].copies.push_back({to, from, size, there});
+    block->fibers[block->current].copies.push_back({to, from, size, there, block->fibers[block->current].groups});
 }
 
-inline void finish_copies() {
-    auto& copies = block->fibers[block->current].copies;
-    for (auto& copy : copies) {
-        if (copy.there)
+inline void close_copies() { ++block->fibers[block->current].groups; }
+
+// All copies are there but those of the last `pending` groups; of no group that is open.
+inline void finish_copies(unsigned pending) {
+    Fiber& fiber = block->fibers[block->current];
+    std::vector<Copy> left;
+    for (auto& copy : fiber.copies) {
+        if (copy.group + pending >= fiber.groups)
+            left.push_back(copy);
+        else if (copy.there)
             std::memcpy(copy.to, copy.from, copy.size);
         else
             std::memset(copy.to, 0, copy.size);
     }
-    copies.clear();
+    fiber.copies = left;
 }
 
 struct Body {
@@ -314,6 +322,7 @@ inline std::string run_block(Order order, unsigned seed, size_t dynamic) {
         fiber.done = false;
         fiber.awaited = nullptr;
         fiber.copies.clear();
+        fiber.groups = 0;
         // A stack as emulation_switch leaves one: room for what it pops, then where it returns to. At a function's first
         // instruction the stack is 8 bytes off a multiple of 16 on x86-64.
         auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK) & ~uintptr_t(15);
@@ -436,6 +445,13 @@ struct alignas(8) uint2 {
     unsigned x, y;
 };
 
+// Bytes of two words, x's numbered from 0 and y's from 4: the lowest nibble of `which` says what the lowest byte is to be.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t which) {
+    uint64_t both = x | uint64_t(y) << 32;
+    uint32_t chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= uint32_t(both >> (8 * (which >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return chosen;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
@@ -463,32 +479,26 @@ inline int __float_as_int(float x) {
 using std::max;
 using std::min;
 
-// mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32, by the layout of PTX ISA section 9.7.14.5.8: lane l holds of A the rows l/4 and
-// l/4 + 8, columns 2(l%4) + {0, 1} and + 8; of B the column l/4, rows as A's columns; of C and D rows l/4 and l/4 + 8, columns
-// 2(l%4) + {0, 1}.
-template <class T, class Widen>
-inline void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
+// mma.sync.aligned.m16n8kK.row.col, by the layouts of PTX ISA, sections on m16n8k16 of halves and m16n8k32 of int8. PER numbers share
+// a register: lane l holds of A the rows l/4 and l/4 + 8, columns PER(l%4) + {0, 1, ..} and 4 PER more; of B the column l/4, rows as
+// A's columns; of C and D rows l/4 and l/4 + 8, columns 2(l%4) + {0, 1}. `number(register, e)` is the e-th number in it.
+template <int PER, class Sum, class Number>
+inline void emulated_mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number number) {
     struct Part {
         uint32_t a[4], b[2];
     } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    auto half_of = [&](uint32_t pair, int which) {
-        T value{uint16_t(pair >> (16 * which))};
-        return widen(value);
-    };
-    float sums[4] = {d[0], d[1], d[2], d[3]};
     emulation::collective(0xffffffffu, mine, "mma.sync", [&](auto at) {
         unsigned l = emulation::lane();
         for (int i = 0; i < 4; ++i) {
             unsigned row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-            for (int k = 0; k < 16; ++k) {
-                Part from_a = at((row % 8) * 4 + k % 8 / 2), from_b = at(column * 4 + k % 8 / 2);
-                float x = half_of(from_a.a[row / 8 + 2 * (k / 8)], k % 2), y = half_of(from_b.b[k / 8], k % 2);
-                sums[i] += x * y;
-            }
+            for (int half = 0; half < 2; ++half)
+                for (int q = 0; q < 4; ++q) {
+                    uint32_t x = at((row % 8) * 4 + q).a[row / 8 + 2 * half], y = at(column * 4 + q).b[half];
+                    for (int e = 0; e < PER; ++e) d[i] += number(x, e) * number(y, e);
+                }
         }
         return 0;
     });
-    for (int i = 0; i < 4; ++i) d[i] = sums[i];
 }
 
 // ldmatrix.sync.aligned.m8n8.x4: lane l names row l % 8 of matrix l / 8, and is given two numbers of each matrix.
