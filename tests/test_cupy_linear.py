@@ -36,13 +36,16 @@ from refmodels.quantization import quantization, quantized_tree
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
 
 ATTENTION = {"attention_scores", "masked_softmax", "attention_context"}
+SAMPLING = {"greedy_token", "sample_token"}
 
 BY_KERNELS = (
     "add", "multiply", "scaled", "relu", "gelu", "gelu_approximate", "silu", "linear", "logits_from_embeddings", "embedding",
     "row_scale", "quantize_rows", "linear_int8", "logits_int8", "linear_weight_int8", "logits_weight_int8", "linear_int4",
     "logits_int4", "embedding_int8", "embedding_int4", "layer_norm", "rms_norm",
 )  # fmt: skip
-BY_ARRAY_FUNCTIONS = tuple(name for name, op in OPS.items() if not op.composite and name not in ATTENTION | set(BY_KERNELS))
+BY_ARRAY_FUNCTIONS = tuple(
+    name for name, op in OPS.items() if not op.composite and name not in ATTENTION | SAMPLING | set(BY_KERNELS)
+)
 COMPOSITES = ("dense", "token_vectors", "token_scores", "key_value_cache")
 
 
