@@ -264,11 +264,11 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #ifdef EMULATED
 template <>
 inline void mma_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<f16>(d, a, b, [](f16 x) { return widen(x); });
+    emulated_mma<2>(d, a, b, [](uint32_t pair, int e) { return widen(f16{uint16_t(pair >> (16 * e))}); });
 }
 template <>
 inline void mma_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<bf16>(d, a, b, [](bf16 x) { return widen(x); });
+    emulated_mma<2>(d, a, b, [](uint32_t pair, int e) { return widen(bf16{uint16_t(pair >> (16 * e))}); });
 }
 #else
 #define MMA(T, NAME)                                                                                                  \
@@ -323,11 +323,27 @@ __device__ __forceinline__ void copy_16_async(void* to, const void* from, bool t
 #endif
 }
 
-// What this thread has begun to copy is in place. Of the others' copies a barrier after this tells.
+// What this thread has begun to copy since the last such call is a group.
+__device__ __forceinline__ void close_copies() {
+#ifdef EMULATED
+    emulation::close_copies();
+#else
+    asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this tells.
+template <int PENDING>
 __device__ __forceinline__ void await_copies() {
 #ifdef EMULATED
-    emulation::finish_copies();
+    emulation::finish_copies(PENDING);
 #else
-    asm volatile("cp.async.wait_all;" : : : "memory");
+    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 #endif
+}
+
+// The same of all, in a group or not.
+__device__ __forceinline__ void await_copies() {
+    close_copies();
+    await_copies<0>();
 }
