@@ -4,12 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from ahead import FourAhead
 
 from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM, use
-from refmodels.accelerator import Accelerator
 from refmodels.causal_lm import CausalLM
 from refmodels.generate import Sampling, beam_search
-from refmodels.ops.sampling import greedy_token, sample_token
 from refmodels.seq_2_seq_lm import Seq2SeqLM
 from refmodels.task import Task
 
@@ -68,28 +67,6 @@ def tokens(output):
 
 
 families = pytest.mark.parametrize("family", ["t5", "opt", "bloom"])
-
-
-class FourAhead(Accelerator):
-    """Chooses up to four tokens before anyone looks at them, by the reference. `asked` is how many, call by call."""
-
-    ahead = 4
-
-    def __init__(self, *, declines=()):
-        super().__init__("four ahead")
-        self.asked, self.declines = [], declines
-
-    def decode_tokens(self, step, token_ids, positions, remaining, params, cache, config, *, count, uniform=None, **settings):
-        self.asked.append(count)
-        if len(self.asked) in self.declines:
-            return None
-        found = []
-        for i in range(count):
-            places = positions + np.minimum(i, remaining)
-            logits = step(token_ids[:, None], np.ones((len(token_ids), 1), bool), places, params, cache, config)
-            token_ids = greedy_token(logits) if uniform is None else sample_token(logits, uniform[i], **settings)
-            found.append(token_ids)
-        return np.stack(found, 1)
 
 
 @families

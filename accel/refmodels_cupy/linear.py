@@ -12,8 +12,8 @@ from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix, matrix
 
-FEW = 16
-"""Rows up to which the weights are read by matvec.cu."""
+MOST = 64
+"""Rows up to which the weights are read as they are stored, by launches that a graph may hold."""
 
 OUTPUTS = {1: 1, 2: 1, 4: 2, 8: 4}
 """Rows of x that one warp takes -> outputs that it makes of them, so that the rows are read from the cache less often."""
@@ -73,35 +73,49 @@ class Products:
             return y
         flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
-        if rows <= FEW:
-            self._few(flat, w, y, bias, scale, factor)
-        else:
+        if rows > MOST:
             self._many(flat, w, y, bias, scale, factor)
+            return y
+        if stored(w) not in WEIGHTS[flat.dtype.name]:
+            flat = flat.astype(np.float32)
+        self.fused(self.filled(flat, w.pitch), w, y, bias=bias, scale=scale, factor=factor)
         return y
 
-    def _few(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
-        rows, stored = len(x), "int4x2" if w.kind == "int4" else w.kind
-        if stored not in WEIGHTS[x.dtype.name]:
-            x = x.astype(np.float32)
+    def fused(
+        self,
+        x: Any,
+        w: Matrix,
+        y: Any,
+        *,
+        row_scale: Any = None,
+        bias: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        gate: Matrix | None = None,
+        gate_scale: Any = None,
+        residual: Any = None,
+    ) -> None:
+        """y = residual + activation(factor * (x @ w) / scale + bias) * (x @ gate / gate_scale), rounded once: only launches.
+
+        x [rows, pitch of w], at most `MOST` rows, with zeros behind the inputs, of a type in `WEIGHTS`, or int8 numbers with
+        their row_scale [rows], which divides as well. y [rows, n] of any float type, residual like y. scale, gate_scale [n]
+        are int8 weights'; gate is stored as w is. All are contiguous, and scales float32.
+        """
+        rows, gated = len(x), None if gate is None else gate.rows
         each, outputs, blocks = tiling(rows, w.n)
-        scales = (w.scale, w.zero) if w.kind == "int4" else (scale, None)
-        gate, residual = (None, None, None), None
-        groups = w.scale.shape[1] if w.kind == "int4" else 0
-        sizes = (np.int32(number) for number in (rows, w.n, w.pitch, w.block, groups))
-        arguments = (
-            self.filled(x, w.pitch),
-            w.rows,
-            *scales,
-            *gate,
-            *typed(bias),
-            residual,
-            *typed(y),
-            *sizes,
-            np.float32(factor),
-            np.int32(0),
-        )
-        launched = form("matvec", each, outputs, x.dtype.name, stored)
-        self.device.launch(Launch("matvec.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
+        finish = (*typed(bias), residual, *typed(y))
+        numbers = (np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        sizes = (np.int32(rows), np.int32(w.n), np.int32(w.pitch))
+        if x.dtype == np.int8:
+            file, launched = "matvec_int8.cu", form("matvec_int8", each, outputs)
+            arguments = (x, row_scale, w.rows, scale, gated, gate_scale, *finish, *sizes, *numbers)
+        else:
+            file, launched = "matvec.cu", form("matvec", each, outputs, x.dtype.name, stored(w))
+            groups = (np.int32(w.block), np.int32(w.scale.shape[1] if w.kind == "int4" else 0))
+            parts = (w.rows, *scales(w, scale), gated, *(scales(gate, gate_scale) if gate else (None, None)))
+            arguments = (x, *parts, *finish, *sizes, *groups, *numbers)
+        self.device.launch(Launch(file, launched, blocks, (WARPS * 32, 1, 1), arguments))
 
     def _many(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
         # int8 numbers are exact in half precision, what int4 numbers stand for is not
@@ -122,28 +136,56 @@ class Products:
         return filled
 
     def finish(
-        self, sums: Any, y: Any, *, bias: Any = None, row_scale: Any = None, scale: Any = None, factor: float = 1.0
+        self,
+        sums: Any,
+        y: Any,
+        *,
+        bias: Any = None,
+        row_scale: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        residual: Any = None,
     ) -> None:
-        """y = factor * sums / (row_scale * scale) + bias, rounded to y's type."""
+        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which residual has too."""
         rows, n = sums.shape
-        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(0))
-        arguments = (sums, row_scale, scale, *typed(bias), None, *typed(y), *sizes)
+        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        arguments = (sums, row_scale, scale, *typed(bias), residual, *typed(y), *sizes)
         blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
         launched = form("epilogue", sums.dtype.name)
         self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
 
-    def rows(self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None) -> Any:
-        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's."""
+    def rows(
+        self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None, position_ids: Any = None, positions: Any = None
+    ) -> Any:
+        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's.
+
+        With `position_ids`, like ids, rows of the table `positions` [count, k] are added.
+        """
         y = self.device.empty((*ids.shape, table.k), numpy_dtype(dtype) if dtype else table.dtype)
         if y.size:
-            scales = (table.scale, table.zero) if table.kind == "int4" else (self.flat(scale), None)
-            no_positions = (None, None, np.int32(0), np.int32(0))
+            added = (self.flat(position_ids), *typed(positions), np.int32(0 if positions is None else len(positions)))
             sizes = (np.int32(number) for number in (table.n, table.k, table.pitch, table.block))
-            arguments = (self.flat(ids), table.rows, *scales, *no_positions, *typed(y), *sizes)
-            launched = form("embedding", ids.dtype.name, "int4x2" if table.kind == "int4" else table.kind)
+            arguments = (self.flat(ids), table.rows, *scales(table, self.flat(scale)), *added, *typed(y), *sizes)
+            launched = form("embedding", ids.dtype.name, stored(table))
             blocks = (math.prod(ids.shape), 1, 1)
             self.device.launch(Launch("embedding.cu", launched, blocks, (EMBEDDING_THREADS, 1, 1), arguments))
         return y
+
+
+def stored(w: Matrix) -> str:
+    """The type of a matrix' elements in the kernels."""
+    return "int4x2" if w.kind == "int4" else w.kind
+
+
+def scales(w: Matrix, scale: Any) -> tuple[Any, Any]:
+    """What turns the numbers of a matrix into weights, scale and zero: int4 has its own, int8 a scale beside it."""
+    return (w.scale, w.zero) if w.kind == "int4" else (scale, None)
+
+
+def as_it_is(table: Any) -> Matrix:
+    """A table, contiguous, that only rows are taken of: nothing of it is moved."""
+    return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
 
 
 def typed(array: Any) -> tuple[Any, Any]:
@@ -173,12 +215,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     @accelerator.kernel(ops.embedding, when=narrow_types)
     def embedding(ids: Any, embeddings: Any, *, dtype: str | None = None) -> Any:
-        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else _as_it_is(embeddings), dtype)
-
-    def _as_it_is(table: Any) -> Matrix:
-        """A table that only rows are taken of: nothing of it is moved."""
-        table = xp.ascontiguousarray(table)
-        return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
+        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else as_it_is(product.flat(embeddings)), dtype)
 
     @accelerator.kernel(ops.last_rows)
     def last_rows(x: Any, lengths: Any = None) -> Any:

@@ -151,6 +151,33 @@ __device__ __forceinline__ float activated(int activation, float x) {
     return x;
 }
 
+// -- what becomes of a layer's sums of products -------------------------------------------------------------------------------
+
+// A sum over what its numbers were multiplied by when they became int8. A null scale is 1; row_scale comes with a scale only.
+__device__ __forceinline__ float rescaled(float sum, const float* row_scale, int row, const float* scale, int64_t column) {
+    if (row_scale) return sum / (row_scale[row] * scale[column]);
+    return scale ? sum / scale[column] : sum;
+}
+
+// What follows, and where the results go: bias and residual may be null, residual and y [rows, n] are of one type.
+struct Finish {
+    const void* bias;
+    int bias_type;
+    const void* residual;
+    void* y;
+    int y_type, n;
+    float factor;
+    int activation;
+
+    // y = residual + activation(factor * sum + bias) * gate, rounded once
+    __device__ __forceinline__ void operator()(int row, int64_t column, float sum, float gate = 1.0f) const {
+        int64_t place = int64_t(row) * n + column;
+        float value = factor * sum;
+        value = activated(activation, bias ? value + stored(bias, bias_type, column) : value) * gate;
+        store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
+    }
+};
+
 // -- eight values at once, from an address that is a multiple of 16 ------------------------------------------------------------
 
 __device__ __forceinline__ void eight(const float* p, float (&out)[8]) {

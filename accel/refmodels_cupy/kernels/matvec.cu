@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
     int64_t column = j + lane / ROWS;
     int row = first + lane % ROWS;
     bool mine = lane < ROWS * OUTPUTS && column < n && row < rows;
-    float value = 0.0f;
+    float result[2] = {0.0f, 1.0f};  // the layer's, the gate's
 #pragma unroll 1
     for (int pass = 0; pass < (gate ? 2 : 1); ++pass) {
         float sums[OUTPUTS][ROWS], sum = 0.0f;
@@ -135,11 +135,8 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
         products<ROWS, OUTPUTS>(x, first, rows, pass ? gate : w, over, pass ? gate_zero : zero, j, n, pitch, block, groups, sums);
 #pragma unroll
         for (int l = 0; l < ROWS * OUTPUTS; ++l) sum = lane == l ? sums[l / ROWS][l % ROWS] : sum;
-        if (!mine) continue;
-        if constexpr (Piece<W>::PARTS == 2) sum /= over[column];  // int8
-        value = pass ? value * sum : activated(activation, bias ? factor * sum + stored(bias, bias_type, column) : factor * sum);
+        if (mine) result[pass] = rescaled(sum, nullptr, row, Piece<W>::PARTS == 2 ? over : nullptr, column);
     }
-    if (!mine) return;
-    int64_t place = int64_t(row) * n + column;
-    store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
+    Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
+    if (mine) finish(row, column, result[0], result[1]);
 }
