@@ -1,14 +1,7 @@
 """The choice of tokens by the CuPy accelerator, on a device that is this CPU: the reference's tokens, and planted faults."""
 
-import shutil
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy import sampling
 from refmodels_cupy.accelerator import Cupy
@@ -19,17 +12,9 @@ from refmodels.conformance import check_accelerator
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.sampling import greedy_token, sample_token
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
-
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = (1, 2, 255, 257, 2048, 2049, 5000)
 """About the sizes of a histogram's share and of a part."""
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Where compiled kernels are kept for all tests."""
-    return tmp_path_factory.getbasetemp() / "cupy_kernels"
 
 
 @pytest.fixture
