@@ -1,12 +1,7 @@
 """The attention kernels of the CuPy accelerator, run on the CPU: every kind of bias and mask, long rows, and planted faults."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
 from emulated import Emulated, EmulationError
 from refmodels_cupy import attention
@@ -27,14 +22,9 @@ from refmodels.ops.position import (
 from refmodels.ops.precision import numpy_dtype
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="module")
-def device(cache):
-    return Emulated(cache)
+@pytest.fixture
+def device(compiled):
+    return Emulated(compiled)
 
 
 def example(device, dtype, size, t, s, *, bias="none", mask="given", batch=2, heads=2):
@@ -199,12 +189,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(cache, fault):
+def test_planted_faults_are_caught(compiled, fault):
     file, right, wrong = FAULTS[fault]
     source = (DIRECTORY / file).read_text()
     source = source.replace('#include "attention.cuh"', (DIRECTORY / "attention.cuh").read_text().replace("#pragma once", ""))
     assert source.count(right) == 1, f"{right!r} is there {source.count(right)} times"
-    device = Emulated(cache, sources={file: source.replace(right, wrong)})
+    device = Emulated(compiled, sources={file: source.replace(right, wrong)})
     try:
         if file == SOFTMAX:
             accelerator = Accelerator("faulty")
