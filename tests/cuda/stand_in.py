@@ -347,7 +347,7 @@ class StandIn:
         """alpha * op(A) @ op(B) + beta * C at once, of matrices that lie column after column at these addresses."""
         assert handle // 1000 == self.device + 1, "the handle of another device"
         assert algo == -1
-        scale = {68: "float32", 77: "float32", 70: "float64", 72: "int32"}[compute]
+        scale = {68: 0, 77: 0, 70: 1, 72: 10}[compute]
         assert not self.own().graph, "cuBLAS while a graph is captured"
         self.own().synchronize()  # what it reads has been put there
         if compute == 72:
@@ -363,10 +363,8 @@ class StandIn:
         first = columns(a, a_type, *((k, m) if transa else (m, k)), lda)
         second = columns(b, b_type, *((n, k) if transb else (k, n)), ldb)
         result = columns(c, c_type, m, n, ldc)
-        one, zero = (
-            columns(address, {"float32": 0, "float64": 1, "int32": 10}[scale], 1, 1, 1)[0, 0] for address in (alpha, beta)
-        )
-        assert (one, zero) == (1, 0)
+        assert columns(alpha, scale, 1, 1, 1)[0, 0] == 1
+        assert columns(beta, scale, 1, 1, 1)[0, 0] == 0
         wide = "int64" if compute == 72 else "float64"
         first, second = (part.astype(wide) for part in (first, second))
         result[...] = (first.T if transa else first) @ (second.T if transb else second)
