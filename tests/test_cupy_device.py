@@ -110,7 +110,9 @@ def test_working_is_entered_once(stand_in, gpu):
             with gpu.working():
                 assert (stand_in.device, stand_in.stream) == (1, stream)
             assert stand_in.device == 0
-        assert (stand_in.device, stand_in.stream) == (1, stream)
+        with gpu.working():
+            assert (stand_in.device, stand_in.stream) == (1, stream)
+        assert stream.entered == 2
     assert (stand_in.device, stand_in.stream, stand_in.allocator) == (0, None, None)
 
 

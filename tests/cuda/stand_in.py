@@ -7,6 +7,7 @@ import ctypes
 import functools
 import threading
 import types
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -231,8 +232,9 @@ class StandIn:
                 assert all(type(each) is tuple and len(each) == 3 for each in (grid, block))
                 kinds = (Array, np.int32, np.int64, np.uint32, np.float32, type(None))
                 assert all(isinstance(each, kinds) for each in args)
-                launched = (self.symbol, grid, block, args, shared_mem)
-                outer.own().put(lambda: outer.launched.append(launched))
+                held = [weakref.ref(each) if isinstance(each, Array) else lambda each=each: each for each in args]
+                launched = (self.symbol, grid, block)
+                outer.own().put(lambda: outer.launched.append((*launched, [each() for each in held], shared_mem)))
 
         functions = {}
 
@@ -355,7 +357,7 @@ class StandIn:
             assert m % 4 == k % 4 == lda % 4 == ldb % 4 == 0
 
         def columns(address, kind, rows, count, leading):
-            assert leading >= rows
+            assert leading >= max(rows, 1)
             size = numpy_dtype(TYPES[kind]).itemsize
             values = np.frombuffer((ctypes.c_char * (leading * count * size)).from_address(address), numpy_dtype(TYPES[kind]))
             return values.reshape(count, leading)[:, :rows].T
