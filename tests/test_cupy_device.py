@@ -133,7 +133,8 @@ def test_memory_that_does_not_suffice(stand_in, gpu):
         "rows at once, shorter texts and weights of fewer bytes need less"
     )
     gpu.empty((10**5,), np.float32)
-    assert gpu.room() == (200_000, 1_000_000)
+    stand_in.kept = 7
+    assert gpu.room() == (200_007, 1_000_000)
 
 
 def test_what_the_device_is(gpu):
@@ -214,6 +215,19 @@ def test_kernels_are_shared_and_kept(stand_in, monkeypatch, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])  # damaged
     fourth = Gpu(0)
     fourth.launch(rms_norm(fourth))
+    assert len(stand_in.compiled) == 2
+
+
+def test_each_form_is_kept(stand_in, monkeypatch, gpu):
+    forms = [NORM, NORM.replace("float", "bf16")]
+    for _ in range(2):
+        for form in forms:
+            launch = rms_norm(gpu, form=form)
+            gpu.launch(launch)
+            gpu.to_host(launch.arguments[2])
+        monkeypatch.setattr(compiler, "_functions", {})
+        gpu._functions.clear()
+    assert [launched[0] for launched in stand_in.launched] == 2 * [f"_Z{form}" for form in forms]
     assert len(stand_in.compiled) == 2
 
 

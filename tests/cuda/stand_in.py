@@ -61,7 +61,7 @@ class StandIn:
         self.driver, self.built, self.device_name = driver, runtime, name
         self.error = None  # of asking for devices
         self.libraries = {"nvrtc", "cublas"}
-        self.used = 0
+        self.used, self.kept = 0, 0  # bytes that arrays were given, and that the pool has for others
         self.launched, self.products, self.compiled, self.streams = [], [], [], []
         self.local = threading.local()
         self.module = types.SimpleNamespace(
@@ -204,15 +204,19 @@ class StandIn:
                     self.stream.synchronize()
 
         class MemoryPool:
+            device = None
+
             def malloc(self, size):
                 if outer.used + size > outer.memory:
                     raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
                 outer.used += size
+                self.device = outer.device
 
             def free_bytes(self):
-                return 0
+                return outer.kept
 
             def free_all_blocks(self):
+                assert self.device in (None, outer.device), "of another device"
                 outer.used = 0
 
         @contextmanager
@@ -252,6 +256,7 @@ class StandIn:
 
         def set_attribute(function, attribute, value):
             assert attribute == 8
+            assert value + 1024 <= 232448, "more than there is beside what the kernel declares"
             functions[function].most = value
 
         def device_count():
