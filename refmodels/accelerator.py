@@ -51,6 +51,14 @@ class AcceleratorError(RuntimeError):
     """An accelerator that is not installed, cannot run on this machine, or breaks its contract."""
 
 
+class Room(NamedTuple):
+    """The memory of a device, whose name this is: bytes that are free, and all bytes."""
+
+    device: str
+    free: int
+    total: int
+
+
 class Accelerator:
     """Kernels for some ops, and how arrays of their kind come and go.
 
@@ -223,6 +231,16 @@ class Accelerator:
         """
         return None
 
+    @property
+    def takes(self) -> bool:
+        """Whether parameters can be given away to it: it has a `take` of its own."""
+        return type(self).take is not Accelerator.take
+
+    def room(self) -> Room | None:
+        """The memory that parameters are loaded to, for a model to be weighed against before any is moved. None, the default,
+        is for the host's."""
+        return None
+
     def asarray(self, x: np.ndarray[Any, Any]) -> Any:
         """A NumPy array as this accelerator's kind. By default itself."""
         return x
@@ -257,6 +275,11 @@ class Accelerator:
     def missing(self) -> str | None:
         """None, or the reason why this accelerator cannot run on this machine."""
         return None
+
+    def intended(self) -> bool:
+        """Whether what it needs was installed by somebody, who is to be told why it cannot run: then the command line says so
+        where another takes its place. By default nobody is."""
+        return False
 
     def __repr__(self) -> str:
         return f"<accelerator {self.name}: kernels for {len(self._kernels)} ops>"

@@ -536,25 +536,35 @@ def chosen_accelerator(arguments: argparse.Namespace) -> "Accelerator | None":
     settings = {} if arguments.threads is None else {"threads": arguments.threads}
     if arguments.accelerator is not None:
         return find(arguments.accelerator, **settings)
-    found = find(fastest_accelerator(), **settings)
-    if found is not None:
-        progress(f"running on {found.name}")
+    found = fastest_accelerator(**settings)
+    if found is None:
+        return find(None, **settings)
+    progress(f"running on {found.name}")
     return found
 
 
-def fastest_accelerator() -> "Accelerator | None":
-    """The first installed accelerator that can run here, the fastest first; None, the reference, if there is none."""
-    from refmodels.accelerator import AcceleratorError, find, installed
+def fastest_accelerator(**settings: Any) -> "Accelerator | None":
+    """The first installed accelerator that can run here with these settings, the fastest first; None, the reference, if there is
+    none. One that somebody meant to run, and that cannot, is named with the reason on standard error."""
+    from refmodels.accelerator import REFERENCE, AcceleratorError, find, installed, plugin
 
+    left_out: list[str] = []
+    chosen = None
     for name in fastest_first(installed()):
+        intended = False
         try:
-            return find(name)
+            intended = plugin(name).intended()
+            chosen = find(name, **settings)
+            break
         except AcceleratorError as error:
             cause = error.__cause__
-            if cause is None or isinstance(cause, ImportError):  # it cannot run on this machine
-                continue
-            say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
-    return None
+            if intended and cause is None:
+                left_out.append(str(error))
+            elif cause is not None and not isinstance(cause, ImportError):
+                say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
+    for reason in left_out:
+        say(f"refmodels: note: {reason}; running on {REFERENCE if chosen is None else chosen.name}")
+    return chosen
 
 
 def fastest_first(names: Iterable[str]) -> list[str]:

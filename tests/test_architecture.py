@@ -31,7 +31,7 @@ ARROWS = {
     "generate": {"arguments", "op", "ops"},
     "samplers": {"files", "generate"},
     "placement": {"accelerator", "op", "parameters"},
-    "backbone": {"accelerator", "arguments", "op", "ops", "parameters", "placement", "quantization"},
+    "backbone": {"accelerator", "arguments", "op", "ops", "parameters", "placement", "printing", "quantization"},
     "task": {"arguments", "backbone", "files", "generate", "op", "preprocessors", "samplers", "scoring", "tokenizers"},
     "causal_lm": {"generate", "op", "scoring", "task"},
     "seq_2_seq_lm": {"backbone", "generate", "op", "scoring", "task"},

@@ -240,8 +240,7 @@ FAULTS = {
     "ties away from zero": ("quantize.cu", "rintf(", "roundf(", with_ties()),
     "a warp's largest value": ("quantize.cu", "block_max<THREADS>(largest)", "warp_max(largest)", one_large_value()),
     "high and low nibbles": ("embedding.cu", "j % 2 ?", "j % 2 == 0 ?", quantised_table()),
-    "the first group's scale": ("embedding.cu", ")) * scale[id * groups + j / block]",
-        ")) * scale[id * groups]", quantised_table()),
+    "the first group's scale": ("embedding.cu", "scale[group]", "scale[group - j / block]", quantised_table()),
     "the next row": ("embedding.cu", "table + id * pitch", "table + (id + 1) % v * pitch", a_table()),
     "a row's first 128 values": ("embedding.cu", "j < n; j += THREADS", "j < n && j < THREADS; j += THREADS", a_table()),
 }  # fmt: skip

@@ -38,7 +38,7 @@ def function(cupy: Any, index: int, file: str, form: str) -> Any:
 
 
 def target(known: tuple[int, ...], capability: int) -> str:
-    """What NVRTC is to compile for: the GPU, or if that is newer than NVRTC the newest that it knows, for the driver to adapt."""
+    """What NVRTC is to compile for: the GPU, or the newest that it knows if that is newer still: the driver adapts that."""
     return f"sm_{capability}" if capability in known else f"compute_{max(number for number in known if number < capability)}"
 
 

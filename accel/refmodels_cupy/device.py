@@ -1,7 +1,7 @@
 """Where the kernels run. `Device` is what the ops ask for; `Gpu` is an NVIDIA GPU through CuPy.
 
-The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing outside this file names
-CuPy, and everything else can be tested without a GPU.
+The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file, and the two
+that it and the accelerator ask for compiled kernels and for what is installed, names CuPy.
 """
 
 import subprocess
@@ -84,25 +84,19 @@ class Device(Protocol):
 
 
 class Gpu:
-    """An NVIDIA GPU by its index, with a memory pool and a stream of its own. With `tf32`, float32 products are rounded to TF32.
+    """An NVIDIA GPU by its index, with a memory pool and a stream of its own. `tf32` rounds what float32 products multiply.
 
-    Several may be one GPU: each has its own queue and memory, and the compiled kernels are shared. Threads may share one: what
-    they ask for goes into one queue, in the order in which they ask, so that an array made in one thread can be used in another.
-    Nothing waits for the GPU but `to_host` and `close`.
+    Several may be one GPU: each has its own queue and memory, and they share the compiled kernels. Threads may share one: what
+    they ask for goes into one queue, in the order in which they ask, so that another thread may use an array that one made.
+    Nothing waits for the GPU but `to_host`, `close`, and large uploads for the uploads before them.
     """
 
     def __init__(self, index: int = 0, *, tf32: bool = False) -> None:
+        self.xp: Any = Later()
         self.index = index
         self.tf32 = tf32
         self._functions: dict[tuple[str, str], Any] = {}
         self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
-
-    @cached_property
-    def xp(self) -> Any:
-        """CuPy."""
-        import cupy
-
-        return cupy
 
     @cached_property
     def _device(self) -> Any:
@@ -169,8 +163,8 @@ class Gpu:
     def _exhausted(self, error: Exception) -> str:
         free, total = self.room()
         return (
-            f"{self.name} has {byte_size(free)} of {byte_size(total)} free, which do not suffice: {error}; fewer rows, a shorter "
-            "max_length, and weights of fewer bytes need less"
+            f"{self.name} has {byte_size(free)} of {byte_size(total)} free, which do not suffice: {error}; fewer rows at once, "
+            "shorter texts and weights of fewer bytes need less"
         )
 
     def close(self) -> None:
@@ -303,6 +297,17 @@ class Gpu:
         }
 
 
+class Later:
+    """CuPy, imported when something of it is first used: kernels are registered where there is none, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        import cupy
+
+        found = getattr(cupy, name)
+        setattr(self, name, found)  # so that this is asked once for each name
+        return found
+
+
 class Recording:
     """A captured graph: calling it puts all its launches into the queue. It holds the arrays that they read and write."""
 
@@ -331,7 +336,7 @@ class Staging:
 
     def __init__(self, cuda: Any) -> None:
         memory = [cuda.alloc_pinned_memory(self.PIECE) for _ in range(2)]
-        self._pieces = [(piece, np.frombuffer(piece, np.uint8, self.PIECE), cuda.Event(disable_timing=True)) for piece in memory]
+        self._pieces = [(int(at), np.frombuffer(at, np.uint8, self.PIECE), cuda.Event(disable_timing=True)) for at in memory]
         self._lock = threading.Lock()
 
     def upload(self, array: Array, place: Any, stream: Any) -> None:
@@ -339,12 +344,12 @@ class Staging:
         values = array.reshape(-1).view(np.uint8)
         with self._lock:
             for start in range(0, values.size, self.PIECE):
-                piece, room, copied = self._pieces[0]
+                address, room, copied = self._pieces[0]
                 self._pieces.reverse()
                 part = values[start : start + self.PIECE]
                 copied.synchronize()  # what the piece held before
                 room[: part.size] = part
-                (place + start).copy_from_host_async(piece.ptr, part.size, stream)
+                (place + start).copy_from_host_async(address, part.size, stream)
                 copied.record(stream)
 
 

@@ -1,14 +1,18 @@
 """Whether CuPy can run here, and if not, what is missing and how to get it: one line."""
 
 import warnings
-from importlib.metadata import distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-LATEST_CHECKED = (14, 2)
-"""The CuPy that this package is written against, and the oldest that it runs with."""
+OLDEST_RELEASE = (14, 2)
+"""The CuPy that this package is written against."""
+
+PACKAGES = ("cupy", *(f"cupy-cuda{major}x" for major in range(11, 20)))
+"""`cupy` builds itself, the others come built for a CUDA."""
 
 OLDEST_CAPABILITY = 80
 """Compute capability from which on the kernels run: bfloat16 in the tensor cores."""
@@ -30,10 +34,10 @@ def missing(index: int = 0) -> str | None:
     if len(packages) > 1:
         return f"several CuPy packages are installed, {' and '.join(packages)}: uninstall all of them, then install one"
     package = next(iter(packages), "cupy")
-    version = packages.get(package, "")
-    if version and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LATEST_CHECKED:
-        wanted = ".".join(map(str, LATEST_CHECKED))
-        return f"{package} {version} is installed, wanted {wanted} or newer: pip install -U {package}"
+    release = packages.get(package)
+    if release is not None and tuple(int(part) for part in release.split(".")[:2] if part.isdigit()) < OLDEST_RELEASE:
+        wanted = ".".join(map(str, OLDEST_RELEASE))
+        return f"{package} {release} is installed, wanted {wanted} or newer: pip install -U {package}"
     if np.lib.NumpyVersion(np.__version__) < "2.1.2":
         return f"NumPy {np.__version__} is installed, and CuPy has bfloat16 from 2.1.2 on: pip install -U numpy"
     try:
@@ -46,9 +50,12 @@ def missing(index: int = 0) -> str | None:
 
 
 def _packages() -> dict[str, str]:
-    """The distributions that bring a module `cupy`, and their versions."""
-    names = ((found.metadata["Name"], found.version) for found in distributions())
-    return {name: version for name, version in names if name == "cupy" or name.startswith(("cupy-cuda", "cupy-rocm"))}
+    """The packages that bring a module `cupy`, and their versions."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _without_driver(cuda: Any) -> str | None:
