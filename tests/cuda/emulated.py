@@ -84,9 +84,6 @@ class Emulated:
         self.launches = {}
         self._functions = {}
 
-    def description(self):
-        return {"device": self.name}
-
     def to_device(self, array):
         return np.array(array)
 
