@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from emulated import Emulated, EmulationError
 from refmodels_cupy import attention
 from refmodels_cupy.attention import Alibi, attend, plan, relative_table
