@@ -150,7 +150,7 @@ def plan(
     table = bias if kind == TABLE else Table(None, None, 0, 0, False)
     biased = (numbers, _stride(bias, 0) if kind == GIVEN else np.int64(0), table.firsts, np.int32(table.side))
     of_distance = 4 * (2 * table.reach + 1) if kind == TABLE else 0
-    strides = tuple(np.int64(stride // key.itemsize) for stride in key.strides[:2])
+    strides = tuple(np.int64(stride) for stride in _strides(key)[:2])
     arrays = (Strided(query), query_stride, Strided(key), Strided(value), context)
     permitted = (
         *(key_mask, np.int64(0) if key_mask is None else _stride(key_mask, 0), np.int32(causal)),
@@ -219,13 +219,24 @@ def _address(array: Any) -> int:
 
 
 def _rows(xp: Any, query: Any) -> tuple[Any, np.int64]:
-    """Queries whose positions follow one another with one stride, and that stride: as they are, or a copy."""
-    _, t, _, size = query.shape
-    _, stride, *inner = query.strides
-    in_place = inner == [size * query.itemsize, query.itemsize] and stride % 16 == 0 and _address(query) % 16 == 0
-    if not in_place or query.strides[0] != t * stride:
+    """Queries whose rows follow one another with one stride, and that stride: as they are, or a copy."""
+    batch, t, _, size = query.shape
+    per_row, stride, *inner = _strides(query)
+    one_stride = batch == 1 or t == 1 or per_row == t * stride
+    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | _address(query)) % 16
+    if not one_stride or inner != [size, 1] or not aligned:
         query = _aligned(xp, query)
-    return query, np.int64(query.strides[1] // query.itemsize)
+        per_row, stride, *_ = _strides(query)
+    return query, np.int64(stride if batch == 1 else per_row // t)
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    """Elements from one index of each axis to the next; of an axis of one, which may say anything, as if it were contiguous."""
+    found, inside = [], 1
+    for size, stride in zip(array.shape[::-1], array.strides[::-1], strict=True):
+        found.append(inside if size == 1 else stride // array.itemsize)
+        inside = found[-1] * size
+    return tuple(found[::-1])
 
 
 def _aligned(xp: Any, array: Any) -> Any:
@@ -236,15 +247,11 @@ def _aligned(xp: Any, array: Any) -> Any:
 
 def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
     """Keys and values with the same strides, the numbers and heads of a position side by side: as they are, or copies."""
-    inner = (key.shape[3] * key.itemsize, key.itemsize)
+    wanted = _strides(key)
 
     def is_fine(array: Any) -> bool:
-        return bool(
-            array.strides == key.strides
-            and array.strides[2:] == inner
-            and all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-            and _address(array) % 16 == 0
-        )
+        strides = _strides(array)
+        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and _address(array) % 16 == 0
 
     return (key, value) if is_fine(key) and is_fine(value) else (_aligned(xp, key), _aligned(xp, value))
 

@@ -1,11 +1,11 @@
 """Weights as the kernels read them, and back: matrices with one output after the other, bit for bit the same numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refmodels.op import Array
+from refmodels.op import Array, Params
 from refmodels.ops.quantize import dequantized_groups
 from refmodels_cupy.device import Device
 
@@ -159,7 +159,46 @@ def loaded(device: Device, tree: Any, *, owned: bool, name: str = "") -> Any:
         else:
             result[key] = _leaf(device, key, part, host, table=name == "token_embedding")
         del part
+    if joint := joined(device, result):
+        result["_joint"] = joint
     return result
+
+
+TOGETHER = ("query", "key", "value")
+"""Layers of an attention that multiply the same rows."""
+
+
+def joined(device: Device, p: Params) -> Params | None:
+    """The dense layers of an attention as one, whose outputs are those of all of them, one launch in place of three.
+
+    Their matrices are parts of its matrix from then on, so that none is there twice. None where they are not stored alike.
+    """
+    layers = [p[name] for name in TOGETHER if isinstance(p.get(name), dict)]
+    if len(layers) < len(TOGETHER) or len({_stored(layer) for layer in layers}) > 1 or _stored(layers[0]) is None:
+        return None
+    matrices = [layer["kernel"] for layer in layers]
+    first, ends = matrices[0], np.cumsum([w.n for w in matrices]).tolist()
+    rows = device.empty((ends[-1], first.rows.shape[1]), first.rows.dtype)
+    for layer, w, end in zip(layers, matrices, ends, strict=True):
+        own = rows[end - w.n : end]
+        own[...] = w.rows
+        layer["kernel"] = replace(w, rows=own)
+
+    def together(parts: list[Any]) -> Any:
+        return None if parts[0] is None else device.xp.concatenate(parts)
+
+    scale, zero = together([w.scale for w in matrices]), together([w.zero for w in matrices])
+    whole = replace(first, shape=(first.k, ends[-1]), rows=rows, n=ends[-1], scale=scale, zero=zero)
+    beside = ("bias", "kernel_scale", "kernel_weight_only_scale") if first.kind == "int8" else ("bias",)
+    return {"kernel": whole, **{name: together([layer[name] for layer in layers]) for name in beside if name in layers[0]}}
+
+
+def _stored(layer: Params) -> Any:
+    """What two layers have in common if their matrices can be one. None: nothing, with this one."""
+    w = layer.get("kernel")
+    if not isinstance(w, Matrix) or w.host is not None or "lora_kernel_a" in layer:
+        return None
+    return w.kind, w.k, w.rows.shape[1], w.block, frozenset(layer)
 
 
 def _leaf(device: Device, key: str, leaf: Array, others: dict[str, Any], *, table: bool) -> Any:
