@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.linear import MOST, OUTPUTS

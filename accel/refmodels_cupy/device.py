@@ -1,7 +1,7 @@
 """Where the kernels run. `Device` is what the ops ask for; `Gpu` is an NVIDIA GPU through CuPy.
 
-The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file, and the two
-that it and the accelerator ask for compiled kernels and for what is installed, names CuPy.
+The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file and
+installation.py imports CuPy, and everything else can be tested without a GPU.
 """
 
 import subprocess
@@ -57,9 +57,6 @@ class Device(Protocol):
     @property
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
-
-    def description(self) -> dict[str, str]:
-        """The device in words: its name as `device`, and whatever else decides how fast it is."""
 
     def to_device(self, array: Array) -> Any:
         """A copy of a host array."""
@@ -129,6 +126,7 @@ class Gpu:
         return int(self._device.attributes["MultiProcessorCount"])
 
     def description(self) -> dict[str, str]:
+        """The GPU in words: its name as `device`, and whatever else decides how fast it is."""
         properties, runtime = self.xp.cuda.runtime.getDeviceProperties(self.index), self.xp.cuda.runtime
         return {
             "device": self.name,
@@ -360,8 +358,8 @@ _current = threading.local()
 
 
 def _passed(argument: Any) -> Any:
-    """An argument as CuPy takes it."""
-    return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument
+    """An argument as CuPy takes it; None is a null address."""
+    return argument.array if isinstance(argument, Strided) else argument
 
 
 def _version(number: int) -> str:
@@ -376,6 +374,3 @@ def _driver(index: int) -> str:
         return f"{subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()}, "
     except (OSError, subprocess.SubprocessError):
         return ""
-
-    """An argument as CuPy takes it; None is a null address."""
-    return argument.array if isinstance(argument, Strided) else argument

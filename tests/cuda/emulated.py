@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import math
 import os
-import re
 import subprocess
 import threading
 from contextlib import nullcontext
@@ -57,7 +56,7 @@ def library(file, forms, cache, *, source=None):
 
 
 def compiled(name, code, cache, ending, *options):
-    """The path in `cache` of what the compiler makes of this. Its name says all that went in; other processes may make it too."""
+    """The path in `cache` of what the compiler makes of this. Its name says all that goes in: other processes may make it too."""
     headers = "".join(header.read_text() for header in [HERE / "emulation.h", *sorted(DIRECTORY.glob("*.cuh"))])
     digest = hashlib.sha256("\0".join([code, headers, *COMMAND, *options]).encode()).hexdigest()[:24]
     path = Path(cache) / f"{name.stem}-{digest}{ending}"
@@ -83,9 +82,6 @@ class Emulated:
         self.cache, self.orders, self.sources = cache, orders, sources or {}
         self.launches = {}
         self._functions = {}
-
-    def description(self):
-        return {"device": self.name}
 
     def to_device(self, array):
         return np.array(array)
@@ -170,8 +166,3 @@ class Emulated:
 
     def working(self):
         return nullcontext()
-
-
-def kernel_names(file):
-    """The kernels that a file defines."""
-    return re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", (DIRECTORY / file).read_text())
