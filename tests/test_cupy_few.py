@@ -86,6 +86,13 @@ def test_conformance(device, x_type, w_type, k, n):
         assert judge(op, args, kwargs, got), (rows, str(judge(op, args, kwargs, got)))
 
 
+def test_many_rows_of_int4_weights_are_few_rows_again(device):
+    op, args, kwargs = call("bfloat16", "int4/128", MOST + 3, 300, 21)
+    with use(Cupy(device)):
+        assert judge(op, args, kwargs, op(*args, **kwargs))
+    assert device.launches == {"matmul_few<64, 16, bf16, int4x2>": 1, "matmul_few<8, 16, bf16, int4x2>": 1}
+
+
 def test_what_cannot_be_counted_stays_in_its_row(device):
     """The zeros behind a row's end are no row's business: neither infinity nor the NaN that it gives goes elsewhere."""
     op, (x, *others), kwargs = call("float16", "int4/128", 9, 333, 21)

@@ -107,12 +107,16 @@ class Products:
             return y
         flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
-        if rows > MOST:
+        # What int4 numbers stand for is exact in float32 alone, which is slow: of many rows matmul_few.cu makes MOST at a time.
+        if rows > MOST and not (w.kind == "int4" and by_tensor_cores(flat, w)):
             self._many(flat, w, y, bias, scale, factor)
             return y
         if not by_tensor_cores(flat, w) and stored(w) not in WEIGHTS[flat.dtype.name]:
             flat = flat.astype(np.float32)
-        self.fused(self.filled(flat, w.pitch), w, y, bias=bias, scale=scale, factor=factor)
+        flat, results = self.filled(flat, w.pitch), y.reshape(rows, w.n)
+        for begin in range(0, rows, MOST):
+            part = slice(begin, begin + MOST)
+            self.fused(flat[part], w, results[part], bias=bias, scale=scale, factor=factor)
         return y
 
     def fused(
