@@ -300,4 +300,4 @@ def test_models_say_the_same(compiled, preset, dtype, mode):
             model.quantize(mode)
     assert there.generate(prompt, max_new_tokens=4) == here.generate(prompt, max_new_tokens=4)
     assert not cupy.crossings
-    assert any("matvec" in form for form in cupy.device.launches)
+    assert any(form.startswith(("matvec", "matmul_few")) for form in cupy.device.launches)
