@@ -175,23 +175,37 @@ class Products:
         return filled
 
     def finish(
-        self, sums: Any, y: Any, *, bias: Any = None, row_scale: Any = None, scale: Any = None, factor: float = 1.0
+        self,
+        sums: Any,
+        y: Any,
+        *,
+        bias: Any = None,
+        row_scale: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        residual: Any = None,
     ) -> None:
-        """y = factor * sums / (row_scale * scale) + bias, rounded to y's type."""
+        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which is residual's."""
         rows, n = sums.shape
-        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(0))
-        arguments = (sums, row_scale, scale, *typed(bias), None, *typed(y), *sizes)
+        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        arguments = (sums, row_scale, scale, *typed(bias), residual, *typed(y), *sizes)
         blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
         launched = form("epilogue", sums.dtype.name)
         self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
 
-    def rows(self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None) -> Any:
-        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's."""
+    def rows(
+        self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None, position_ids: Any = None, positions: Any = None
+    ) -> Any:
+        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's.
+
+        With `position_ids`, like ids, rows of the table `positions` [count, k] are added.
+        """
         y = self.device.empty((*ids.shape, table.k), numpy_dtype(dtype) if dtype else table.dtype)
         if y.size:
-            no_positions = (None, None, np.int32(0), np.int32(0))
+            added = (self.flat(position_ids), *typed(positions), np.int32(0 if positions is None else len(positions)))
             sizes = (np.int32(number) for number in (table.n, table.k, table.pitch, table.block))
-            arguments = (self.flat(ids), table.rows, *scales(table, self.flat(scale)), *no_positions, *typed(y), *sizes)
+            arguments = (self.flat(ids), table.rows, *scales(table, self.flat(scale)), *added, *typed(y), *sizes)
             launched = form("embedding", ids.dtype.name, stored(table))
             blocks = (math.prod(ids.shape), 1, 1)
             self.device.launch(Launch("embedding.cu", launched, blocks, (EMBEDDING_THREADS, 1, 1), arguments))
@@ -206,6 +220,11 @@ def stored(w: Matrix) -> str:
 def scales(w: Matrix, scale: Any) -> tuple[Any, Any]:
     """What turns the numbers of a matrix into weights, scale and zero: int4 has its own, int8 a scale beside it."""
     return (w.scale, w.zero) if w.kind == "int4" else (scale, None)
+
+
+def as_it_is(table: Any) -> Matrix:
+    """A table, contiguous, that only rows are taken of: nothing of it is moved."""
+    return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
 
 
 def typed(array: Any) -> tuple[Any, Any]:
@@ -235,12 +254,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     @accelerator.kernel(ops.embedding, when=narrow_types)
     def embedding(ids: Any, embeddings: Any, *, dtype: str | None = None) -> Any:
-        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else _as_it_is(embeddings), dtype)
-
-    def _as_it_is(table: Any) -> Matrix:
-        """A table that only rows are taken of: nothing of it is moved."""
-        table = xp.ascontiguousarray(table)
-        return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
+        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else as_it_is(product.flat(embeddings)), dtype)
 
     @accelerator.kernel(ops.last_rows)
     def last_rows(x: Any, lengths: Any = None) -> Any:

@@ -155,6 +155,13 @@ __device__ __forceinline__ void store(void* p, int type, int64_t i, float x) {
         static_cast<float*>(p)[i] = x;
 }
 
+// x as it would be read again
+__device__ __forceinline__ float rounded(int type, float x) {
+    if (type == FLOAT16) return widen(narrow<f16>(x));
+    if (type == BFLOAT16) return widen(narrow<bf16>(x));
+    return x;
+}
+
 // -- what is done to each value -----------------------------------------------------------------------------------------------
 
 enum Activation { LINEAR, RELU, GELU, GELU_APPROXIMATE, SILU };
@@ -225,6 +232,42 @@ __device__ __forceinline__ void eight(const T* p, float (&out)[8]) {
     for (int i = 0; i < 8; ++i) out[i] = widen(T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))});
 }
 
+__device__ __forceinline__ void store_eight(float* p, const float (&x)[8]) {
+    *reinterpret_cast<float4*>(p) = {x[0], x[1], x[2], x[3]};
+    *reinterpret_cast<float4*>(p + 4) = {x[4], x[5], x[6], x[7]};
+}
+
+template <class T>
+__device__ __forceinline__ void store_eight(T* p, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(p) = {pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7])};
+}
+
+// Values i to i + 7 of an array whose type is known when it is launched, the first `count` of them alone if they are fewer; or one
+// by one, if the address is no multiple of 16. What is not there is 0.
+__device__ __forceinline__ void stored_eight(const void* p, int type, int64_t i, int count, bool aligned, float (&x)[8]) {
+    if (!aligned) {
+        for (int e = 0; e < 8; ++e) x[e] = e < count ? stored(p, type, i + e) : 0.0f;
+    } else if (type == FLOAT16) {
+        eight(static_cast<const f16*>(p) + i, x);
+    } else if (type == BFLOAT16) {
+        eight(static_cast<const bf16*>(p) + i, x);
+    } else {
+        eight(static_cast<const float*>(p) + i, x);
+    }
+}
+
+__device__ __forceinline__ void store_eight(void* p, int type, int64_t i, int count, bool aligned, const float (&x)[8]) {
+    if (!aligned) {
+        for (int e = 0; e < min(count, 8); ++e) store(p, type, i + e, x[e]);
+    } else if (type == FLOAT16) {
+        store_eight(static_cast<f16*>(p) + i, x);
+    } else if (type == BFLOAT16) {
+        store_eight(static_cast<bf16*>(p) + i, x);
+    } else {
+        store_eight(static_cast<float*>(p) + i, x);
+    }
+}
+
 // -- sums over a warp and over a block: the same tree whatever the data, so the same bits in every run ------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -261,6 +304,19 @@ __device__ __forceinline__ float block_sum(float x) {
     float total = 0.0f;
     for (int i = 0; i < THREADS / WARP_SIZE; ++i) total += partial[i];
     return total;
+}
+
+// -- between blocks -----------------------------------------------------------------------------------------------------------
+
+// What another block may have written: not from this multiprocessor's own cache.
+__device__ __forceinline__ float of_others(const float* p) {
+#ifdef EMULATED
+    return *p;
+#else
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+    return x;
+#endif
 }
 
 // -- tensor cores -------------------------------------------------------------------------------------------------------------
