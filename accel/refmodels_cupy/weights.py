@@ -13,6 +13,10 @@ PIECE = {"float32": 8, "float16": 8, "bfloat16": 8, "int8": 16, "int4": 32}
 """Values that a lane of matvec.cu reads at once: rows are filled up with zeros to a multiple of it, 16 bytes or 32."""
 
 
+LARGEST_ZERO = 119
+"""With it 128 + zero + 8 is exact in bfloat16, which matmul_few.cu takes away from 128 + q + 8."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A matrix on the device, in place of the host's leaf.
@@ -80,11 +84,11 @@ def matrix(device: Device, leaf: Any, *, by_rows: bool = False) -> Matrix:
 def int4_matrix(device: Device, leaf: Array, scale: Array, zero: Array, g_idx: Array, *, by_rows: bool, axis: int) -> Matrix:
     """Packed int4 numbers, on the host, of a matrix (k, n) whose row i is in group g_idx[i], or of a table (n, k) if `by_rows`.
 
-    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that `group_length` refuses, and zeros that are no
-    int8, are rare: such a matrix is kept as the float32 numbers that it stands for.
+    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that `group_length` refuses, and zeros that are
+    no whole numbers from -119 to 119, are rare: such a matrix is kept as the float32 numbers that it stands for.
     """
     block, whole = group_length(g_idx), np.asarray(zero).astype(np.int8)
-    if block is None or not np.array_equal(whole, zero):
+    if block is None or not np.array_equal(whole, zero) or (abs(whole.astype(np.int32)) > LARGEST_ZERO).any():
         numbers = dequantized_groups(leaf, scale, zero, g_idx, np.dtype(np.float32), axis=axis, group_axis=int(by_rows))
         made = matrix(device, numbers, by_rows=by_rows)
         return Matrix(leaf.shape, leaf.dtype, "float32", made.rows, made.k, made.n, by_rows, host=np.array(leaf))

@@ -407,7 +407,8 @@ __device__ __forceinline__ void close_copies() {
 #endif
 }
 
-// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this tells.
+// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this
+// tells.
 template <int PENDING>
 __device__ __forceinline__ void await_copies() {
 #ifdef EMULATED
