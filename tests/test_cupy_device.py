@@ -157,6 +157,15 @@ def test_products(gpu, dtype, transposed):
     assert (c == a.astype(wide) @ (b.T if transposed else b).astype(wide)).all()
 
 
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_int8_weights_of_any_number_of_outputs(gpu, n):
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(-127, 127, shape).astype(np.int8) for shape in ((5, 16), (n, 16)))
+    c = gpu.product(gpu.to_device(a), gpu.to_device(b), transposed=True)
+    assert c.flags.c_contiguous
+    assert (gpu.to_host(c) == a.astype(np.int32) @ b.astype(np.int32).T).all()
+
+
 def test_a_product_of_parts_and_one_of_nothing(gpu):
     a, b = gpu.to_device(np.arange(48.0).reshape(6, 8)), gpu.to_device(np.arange(40.0).reshape(5, 8))
     assert (gpu.to_host(gpu.product(a[::2, ::2], b[:, 4:].T)) == a[::2, ::2] @ b[:, 4:].T).all()
@@ -730,9 +739,10 @@ def test_cupy_compiles_a_kernel(monkeypatch, tmp_path):
     except RuntimeError:
         pytest.skip("NVRTC cannot be found here")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
-    binary, symbol = compiler.kept(cupy.cuda.nvrtc, "norm.cu", NORM, 90)
+    form = all_forms(FAMILIES)["norm.cu"][0]
+    binary, symbol = compiler.kept(cupy.cuda.nvrtc, "norm.cu", form, 90)
     assert binary.startswith(b"\x7fELF")
-    assert "rms_norm" in symbol
-    assert compiler.kept(cupy.cuda.nvrtc, "norm.cu", NORM, 90) == (binary, symbol)
+    assert "norm" in symbol
+    assert compiler.kept(cupy.cuda.nvrtc, "norm.cu", form, 90) == (binary, symbol)
     with pytest.raises(CompileError, match="nothing"):
         compiler.compiled(cupy.cuda.nvrtc, "norm.cu", "nothing<int>", "sm_90")
