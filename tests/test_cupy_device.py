@@ -4,6 +4,7 @@ cannot run; weights on their way to it. Where CuPy itself can be imported, that 
 import ast
 import gc
 import importlib.util
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
+from apart import EmulatedApart, MixedError
 from emulated import Emulated
 from packing import Packing
 from refmodels_cupy import compiler, installation
@@ -25,13 +27,14 @@ from refmodels_cupy.device import Gpu, Launch, Staging, Strided
 from refmodels_cupy.source import DIRECTORY, all_forms
 from stand_in import StandIn
 
-from refmodels import OPTCausalLM, accelerator, use
+from refmodels import OPTCausalLM, T5Seq2SeqLM, accelerator, use
 from refmodels.accelerator import AcceleratorError, CompileError, Room, find
 from refmodels.backbone import Backbone
 from refmodels.cli import fastest_accelerator
 from refmodels.ops.elementwise import relu
 from refmodels.ops.precision import numpy_dtype
 from refmodels.parameters import Unread, flatten, stored_bytes
+from refmodels.samplers import TopPSampler
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "accel" / "refmodels_cupy"
@@ -661,6 +664,38 @@ def test_a_model_that_does_not_fit(preset):
     model.quantize("int8")
     assert len(model.generate("import", max_new_tokens=2)) > 0
     assert small.taken == 1
+
+
+# -- arrays of the device and of the host -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
+@pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])
+@pytest.mark.parametrize(
+    ("task", "preset", "prompt"), [(OPTCausalLM, "opt_tiny_stdlib", "import"), (T5Seq2SeqLM, "t5_tiny_numbers", "spell: 42")]
+)
+def test_models_do_not_mix_arrays(compiled, task, preset, prompt, sampler):
+    mine = Cupy(EmulatedApart(compiled, orders=(2,)))
+    model, wanted = task.from_preset(preset, accelerator=mine), task.from_preset(preset)
+    for each in (model, wanted):
+        each.compile(sampler=TopPSampler(p=0.5, seed=1) if sampler == "top_p" else sampler)
+    assert model.generate(prompt, max_new_tokens=3) == wanted.generate(prompt, max_new_tokens=3)
+    assert not mine.crossings
+
+
+def test_what_is_mixed_is_found(tmp_path):
+    device = EmulatedApart(tmp_path)
+    held, host = device.to_device(np.ones(2)), np.ones(2)
+    for mixed in (
+        lambda: held + host,
+        lambda: host * held,
+        lambda: held.__setitem__(slice(None), host),
+        lambda: device.xp.where(held > 0, held, host),
+        lambda: device.product(held[None], host[None]),
+        lambda: device.launch(Launch("norm.cu", NORM, (1, 1, 1), (1, 1, 1), (host,))),
+    ):
+        with pytest.raises(MixedError):
+            mixed()
 
 
 # -- CuPy itself --------------------------------------------------------------------------------------------------------------
