@@ -4,6 +4,7 @@ cannot run; weights on their way to it. Where CuPy itself can be imported, that 
 import ast
 import gc
 import importlib.util
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
+from apart import EmulatedApart, MixedError
 from emulated import Emulated
 from packing import Packing
 from refmodels_cupy import compiler, installation
@@ -25,13 +27,14 @@ from refmodels_cupy.device import Gpu, Launch, Staging, Strided
 from refmodels_cupy.source import DIRECTORY, all_forms
 from stand_in import StandIn
 
-from refmodels import OPTCausalLM, accelerator, use
+from refmodels import OPTCausalLM, T5Seq2SeqLM, accelerator, use
 from refmodels.accelerator import AcceleratorError, CompileError, Room, find
 from refmodels.backbone import Backbone
 from refmodels.cli import fastest_accelerator
 from refmodels.ops.elementwise import relu
 from refmodels.ops.precision import numpy_dtype
 from refmodels.parameters import Unread, flatten, stored_bytes
+from refmodels.samplers import TopPSampler
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "accel" / "refmodels_cupy"
@@ -155,6 +158,15 @@ def test_products(gpu, dtype, transposed):
     c = gpu.to_host(gpu.product(gpu.to_device(a), gpu.to_device(b), transposed=transposed))
     assert c.dtype == wide
     assert (c == a.astype(wide) @ (b.T if transposed else b).astype(wide)).all()
+
+
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_int8_weights_of_any_number_of_outputs(gpu, n):
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(-127, 127, shape).astype(np.int8) for shape in ((5, 16), (n, 16)))
+    c = gpu.product(gpu.to_device(a), gpu.to_device(b), transposed=True)
+    assert c.flags.c_contiguous
+    assert (gpu.to_host(c) == a.astype(np.int32) @ b.astype(np.int32).T).all()
 
 
 def test_a_product_of_parts_and_one_of_nothing(gpu):
@@ -654,6 +666,38 @@ def test_a_model_that_does_not_fit(preset):
     assert small.taken == 1
 
 
+# -- arrays of the device and of the host -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
+@pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])
+@pytest.mark.parametrize(
+    ("task", "preset", "prompt"), [(OPTCausalLM, "opt_tiny_stdlib", "import"), (T5Seq2SeqLM, "t5_tiny_numbers", "spell: 42")]
+)
+def test_models_do_not_mix_arrays(compiled, task, preset, prompt, sampler):
+    mine = Cupy(EmulatedApart(compiled, orders=(2,)))
+    model, wanted = task.from_preset(preset, accelerator=mine), task.from_preset(preset)
+    for each in (model, wanted):
+        each.compile(sampler=TopPSampler(p=0.5, seed=1) if sampler == "top_p" else sampler)
+    assert model.generate(prompt, max_new_tokens=3) == wanted.generate(prompt, max_new_tokens=3)
+    assert not mine.crossings
+
+
+def test_what_is_mixed_is_found(tmp_path):
+    device = EmulatedApart(tmp_path)
+    held, host = device.to_device(np.ones(2)), np.ones(2)
+    for mixed in (
+        lambda: held + host,
+        lambda: host * held,
+        lambda: held.__setitem__(slice(None), host),
+        lambda: device.xp.where(held > 0, held, host),
+        lambda: device.product(held[None], host[None]),
+        lambda: device.launch(Launch("norm.cu", NORM, (1, 1, 1), (1, 1, 1), (host,))),
+    ):
+        with pytest.raises(MixedError):
+            mixed()
+
+
 # -- CuPy itself --------------------------------------------------------------------------------------------------------------
 
 cupy_itself = pytest.mark.skipif(
@@ -730,9 +774,10 @@ def test_cupy_compiles_a_kernel(monkeypatch, tmp_path):
     except RuntimeError:
         pytest.skip("NVRTC cannot be found here")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
-    binary, symbol = compiler.kept(cupy.cuda.nvrtc, "norm.cu", NORM, 90)
+    form = all_forms(FAMILIES)["norm.cu"][0]
+    binary, symbol = compiler.kept(cupy.cuda.nvrtc, "norm.cu", form, 90)
     assert binary.startswith(b"\x7fELF")
-    assert "rms_norm" in symbol
-    assert compiler.kept(cupy.cuda.nvrtc, "norm.cu", NORM, 90) == (binary, symbol)
+    assert "norm" in symbol
+    assert compiler.kept(cupy.cuda.nvrtc, "norm.cu", form, 90) == (binary, symbol)
     with pytest.raises(CompileError, match="nothing"):
         compiler.compiled(cupy.cuda.nvrtc, "norm.cu", "nothing<int>", "sm_90")

@@ -73,7 +73,7 @@ class Device(Protocol):
     def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
         """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
 
-        Of int8 the sums are int32; then the sizes that are summed over and of b's rows must be multiples of 4.
+        Of int8 the sums are int32; then b is transposed, and the size that is summed over must be a multiple of 4.
         """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
@@ -256,6 +256,10 @@ class Gpu:
         with self.working():
             if 0 in (m, n, k):
                 return self.xp.zeros((m, n), wide)
+            if wide is np.int32 and n % 4:  # cuBLAS multiplies int8 by rows in fours
+                rows = self.xp.zeros((n + -n % 4, k), b.dtype)
+                rows[:n] = b
+                return self.xp.ascontiguousarray(self.product(a, rows, transposed=True)[:, :n])
             a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
             c = self.xp.empty((m, n), wide)
             one, zero = np.ones(1, wide), np.zeros(1, wide)
