@@ -4,6 +4,7 @@ Every rule is a function from source to its violations, and is shown to fail on 
 """
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -508,6 +509,10 @@ def test_composites_hold_no_numpy():
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+NAME_CUPY = ("device", "installation")
+"""The modules of the CuPy accelerator that import CuPy; the others run on whatever device they are given."""
+
+
 def layout_violations(root):
     found = [str(path) for folder in ("presets", "spec") for path in (root / folder).rglob("__init__.py")]
     sources = [*(root / "refmodels").rglob("*.py"), *(root / "accel").rglob("*.py")]
@@ -520,6 +525,8 @@ def layout_violations(root):
     numba, cupy = (list((root / "accel" / f"refmodels_{name}").rglob("*.py")) for name in ("numba", "cupy"))
     for paths, other in ((numba, "refmodels_cupy"), (cupy, "refmodels_numba")):
         found += [f"{path.name} knows {other}" for path in paths if other in path.read_text()]
+    asks = re.compile(r"^\s*(import|from) (cupy|cupy_backends|cuda)\b", re.MULTILINE)
+    found += [f"{path.name} imports CuPy" for path in cupy if path.stem not in NAME_CUPY and asks.search(path.read_text())]
     return found
 
 
@@ -537,6 +544,7 @@ def test_the_layout():
         ("refmodels/t5.py", "\n" * 1000),
         ("accel/refmodels_numba/norm.py", "import refmodels_cupy"),
         ("accel/refmodels_cupy/common.py", ""),
+        ("accel/refmodels_cupy/norm.py", "def f():\n    import cupy"),
     ],
 )
 def test_a_bad_layout_is_found(tmp_path, path, text):

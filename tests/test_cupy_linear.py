@@ -1,14 +1,7 @@
 """The CuPy accelerator but for attention, on a device that is this CPU: conformance, weights, planted faults, models."""
 
-import shutil
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.linear import MOST, OUTPUTS
@@ -33,23 +26,18 @@ from refmodels.ops.quantize import (
 from refmodels.parameters import copy_containers, flatten, grown
 from refmodels.quantization import quantization, quantized_tree
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
-
 ATTENTION = {"attention_scores", "masked_softmax", "attention_context"}
+SAMPLING = {"greedy_token", "sample_token"}
 
 BY_KERNELS = (
     "add", "multiply", "scaled", "relu", "gelu", "gelu_approximate", "silu", "linear", "logits_from_embeddings", "embedding",
     "row_scale", "quantize_rows", "linear_int8", "logits_int8", "linear_weight_int8", "logits_weight_int8", "linear_int4",
     "logits_int4", "embedding_int8", "embedding_int4", "layer_norm", "rms_norm",
 )  # fmt: skip
-BY_ARRAY_FUNCTIONS = tuple(name for name, op in OPS.items() if not op.composite and name not in ATTENTION | set(BY_KERNELS))
+BY_ARRAY_FUNCTIONS = tuple(
+    name for name, op in OPS.items() if not op.composite and name not in ATTENTION | SAMPLING | set(BY_KERNELS)
+)
 COMPOSITES = ("dense", "token_vectors", "token_scores", "key_value_cache")
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Where compiled kernels are kept for all tests."""
-    return tmp_path_factory.getbasetemp() / "cupy_kernels"
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from refmodels_cupy.cache import append, filled
 from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.elementwise import COMBINATIONS
 from refmodels_cupy.elementwise import THREADS as ELEMENTWISE_THREADS
-from refmodels_cupy.linear import ACTIVATIONS, MOST, STORED, WEIGHTS, Products, as_it_is, stored
-from refmodels_cupy.norm import THREADS as NORM_THREADS
+from refmodels_cupy.linear import ACTIVATIONS, MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, stored
+from refmodels_cupy.norm import LONGEST as LONGEST_NORM
+from refmodels_cupy.norm import norm
 from refmodels_cupy.program import Recorder
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
 from refmodels_cupy.source import form
@@ -58,12 +59,7 @@ class Block:
     def norm(self, x: Any, p: Params, epsilon: float) -> Any:
         """`layer_norm` (gamma and beta) or `rms_norm` (weight) in the block's type."""
         y = self.device.empty(x.shape, self.dtype)
-        if "weight" in p:
-            leaves, kernel = (p["weight"],), form("rms_norm", x.dtype.name, p["weight"].dtype.name, y.dtype.name)
-        else:
-            leaves, kernel = (p["gamma"], p["beta"]), form("layer_norm", x.dtype.name, p["gamma"].dtype.name)
-        arguments = (x, *leaves, y, np.int32(x.shape[1]), np.float32(epsilon))
-        self.device.launch(Launch("norm.cu", kernel, (len(x), 1, 1), NORM_THREADS, arguments))
+        norm(self.device, x, p, y, epsilon=epsilon)
         return y
 
     # -- products -------------------------------------------------------------------------------------------------------------
@@ -86,14 +82,14 @@ class Block:
         return self._product(self._inputs(hidden, table, name), weights, None, None, factor=scale)
 
     def _inputs(self, x: Any, p: Params, name: str = "kernel") -> tuple[Any, Any]:
-        """What products with these weights read: the rows, or their int8 numbers and scales; with zeros up to the pitch."""
+        """What products with these weights read: the rows, or their int8 numbers and scales. Few have zeros up to the pitch."""
         weights = _weights(p, name)
         pitch = weights.matrix.pitch
         if weights.is_integer:
             values, scale = self.device.empty((len(x), pitch), np.int8), self.device.empty((len(x),), np.float32)
             rows_to_int8(self.device, x, scale, values)
             return values, scale
-        if x.shape[1] == pitch:
+        if x.shape[1] == pitch or len(x) > MOST:
             return x, None
         wider = self.device.empty((len(x), pitch), x.dtype)
         wider[...] = 0
@@ -139,8 +135,8 @@ class Block:
 
     def vectors(self, ids: Any, table: Params, *, dtype: str | None = None, **positions: Any) -> Any:
         """`token_vectors` of ids [rows], int32, in the block's type or `dtype`; `positions` as for `Products.rows`."""
-        scale = table.get("embeddings_weight_only_scale", table.get("embeddings_scale"))
-        return self.products.rows(ids, table["embeddings"], dtype or self.dtype.name, scale=scale, **positions)
+        w = _weights(table, "embeddings")
+        return self.products.rows(ids, w.matrix, dtype or self.dtype.name, scale=w.scale, **positions)
 
     def position_vectors(self, position_ids: Any, table: Any) -> Any:
         """Rows of a table of positions, ids int32."""
@@ -236,6 +232,8 @@ def refused(params: Params, config: Any, batch: int, *, rng: Any = None, caches:
         return "dropout draws: op by op"
     if not batch:
         return "no rows: op by op"
+    if config.hidden_dim > LONGEST_NORM:
+        return f"norms of {config.hidden_dim} values: op by op"
     if config.head_dim > ROOMS[-1] or max(batch, config.num_heads) > MOST_BLOCKS:
         return f"heads of {config.head_dim} numbers, {config.num_heads} of them, {batch} rows: op by op"
     for cache in caches:
@@ -268,7 +266,7 @@ def _obstacle(tree: Any, dtype: str, name: str = "") -> str | None:
         elif key in ("kernel", "reverse_embeddings") or (key == "embeddings" and name == "token_embedding"):
             if not isinstance(part, Matrix):
                 found = NOT_LOADED
-            elif stored(part) not in WEIGHTS[dtype]:
+            elif stored(part) not in (*WEIGHTS[dtype], *OPERANDS.get(dtype, ())):
                 found = f"weights of {part.kind} in a model of {dtype}: op by op"
             elif part.kind == "int8" and part.k > LONGEST:
                 found = f"rows of {part.k}: sums that may not fit into int32"

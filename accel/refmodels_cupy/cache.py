@@ -1,4 +1,4 @@
-"""The key/value cache on the device. Composites write to it by kernels, the ops by array functions that CuPy has as NumPy does."""
+"""The key/value cache on the device: written by a kernel for composites, by array functions that NumPy has too for ops."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
 
 def append(device: Device, pairs: Any, start: Any, t: int, width: int) -> None:
-    """Rows of `width` values to their places: x (b, t, width) to start[b], start[b] + 1, ... of each row of (b, capacity, pitch).
+    """Rows of `width` values to their places: x (b, t, width) to start[b], start[b] + 1, ... of row b of (b, capacity, pitch).
 
     `pairs` are one or two (x, where), alike. start: int32 (b,), read when the launch runs; None is 0. All contiguous.
     """

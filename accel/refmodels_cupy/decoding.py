@@ -19,7 +19,7 @@ from refmodels_cupy.blocks import Block, Places, refused
 from refmodels_cupy.cache import enter, filled
 from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.linear import MOST
-from refmodels_cupy.program import Program, Recorder
+from refmodels_cupy.program import Recorder
 from refmodels_cupy.sampling import greedy, sample, scratch
 
 if TYPE_CHECKING:
@@ -59,15 +59,14 @@ class Graph:
         batch, capacity = mask.shape
         recorder = Recorder(device)
         self.ids, self.positions, lengths = (device.empty((batch,), np.int32) for _ in range(3))
-        self.real = device.empty((batch,), np.bool_) if choice is None else None
+        self.real: Any = device.empty((batch,), np.bool_) if choice is None else None
         enter(recorder, self.real, self.positions, mask, lengths)
         how = {"causal": True, "key_mask": mask, "positions": self.positions[:, None], "lengths": lengths}
         block, places = Block(recorder, compute_dtype(config.dtype), batch, 1), Places(capacity, how, self.positions)
         self.scores = scores(block, self.ids, self.positions, params, config, cache, places)
         if choice is not None:
             self._choose(recorder, choice, batch)
-        self._program = Program(device, recorder.launches)
-        self.play = self._program.play
+        self.play = device.captured(recorder.launches)
 
     def _choose(self, recorder: Recorder, choice: tuple[str, ...], batch: int) -> None:
         """The next tokens by the scores, which come in at the next step."""
@@ -76,8 +75,9 @@ class Graph:
         if choice:
             self.uniform = recorder.empty((AHEAD, batch), np.float64)
             self.settings = {name: recorder.empty((batch,), SETTINGS[name]) for name in choice if name in SETTINGS}
-            given = (self.settings.get(name) for name in SETTINGS)
-            sample(recorder, self.scores, self.uniform, self.step, *given, chosen, scratch(recorder, *self.scores.shape))
+            temperature, top_k, top_p, min_p = (self.settings.get(name) for name in SETTINGS)
+            memory = scratch(recorder, *self.scores.shape)
+            sample(recorder, self.scores, self.uniform, self.step, temperature, top_k, top_p, min_p, chosen, memory)
         else:
             greedy(recorder, self.scores, chosen)
         arguments = (chosen, self.ids, self.positions, self.remaining, self.step, self.tokens, np.int32(batch), np.int32(AHEAD))

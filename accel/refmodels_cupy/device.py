@@ -1,7 +1,7 @@
 """Where the kernels run. `Device` is what the ops ask for; `Gpu` is an NVIDIA GPU through CuPy.
 
-The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file, and the two
-that it and the accelerator ask for compiled kernels and for what is installed, names CuPy.
+The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file and
+installation.py imports CuPy, and everything else can be tested without a GPU.
 """
 
 import subprocess

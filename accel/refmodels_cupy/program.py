@@ -1,4 +1,4 @@
-"""Launches that are recorded once and played many times: a decode step is one graph for the GPU, which the host starts with one call.
+"""Launches that are recorded once and played many times: a decode step is one graph, which the host starts with one call.
 
 Whatever makes launches takes a `Device` and calls its `launch`. Given a `Recorder` in its place, the same code leaves a list.
 """
@@ -20,24 +20,13 @@ class Recorder:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.xp, self.name, self.multiprocessors = device.xp, device.name, device.multiprocessors
         self.launches: list[Launch] = []
         self._of_a_layer: list[Any] | None = None
         self._next = 0
 
-    @property
-    def xp(self) -> Any:
-        """The device's."""
-        return self.device.xp
-
-    @property
-    def name(self) -> str:
-        """The device's."""
-        return self.device.name
-
-    @property
-    def multiprocessors(self) -> int:
-        """The device's."""
-        return self.device.multiprocessors
+    def description(self) -> dict[str, str]:
+        return self.device.description()
 
     def to_device(self, array: Array) -> Any:
         """A constant of the program."""
@@ -75,11 +64,3 @@ class Recorder:
 
     def working(self) -> AbstractContextManager[None]:
         return self.device.working()
-
-
-class Program:
-    """Launches with all that they read and write, ready to be played."""
-
-    def __init__(self, device: Device, launches: Sequence[Launch]) -> None:
-        self.launches = tuple(launches)  # the graph has addresses alone: these hold the memory
-        self.play = device.captured(self.launches)

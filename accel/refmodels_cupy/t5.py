@@ -1,7 +1,7 @@
-"""T5 as launches: the three parts of a layer, both stacks. The position bias is looked up in the attention kernels, by distance.
+"""T5 as launches: the parts of a layer, and both stacks. Its position bias is looked up in the attention kernels, by distance.
 
-The residual stream and what is added to it are in `residual_dtype`, float32 for a float16 model (T5-C8): the products round their
-float32 sums to that type, and only norms bring it down to the block's type.
+The residual stream and what is added to it are in `residual_dtype`, float32 for a float16 model (T5-C8): products round their
+float32 sums to that type, and norms bring the stream down to the type of the activations.
 """
 
 from typing import Any

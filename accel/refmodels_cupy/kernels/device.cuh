@@ -29,6 +29,11 @@ struct bf16 {
     uint16_t bits;
 };
 
+// Two int4 numbers: the even one in the low four bits, the odd one in the high four.
+struct int4x2 {
+    uint8_t pair;
+};
+
 __device__ __forceinline__ float widen(float x) { return x; }
 
 __device__ __forceinline__ float widen(bf16 x) {
@@ -99,6 +104,27 @@ __device__ __forceinline__ uint32_t pair<bf16>(float low, float high) {
 }
 #endif
 
+// Two halves less two halves, each rounded.
+template <class T>
+__device__ __forceinline__ uint32_t difference(uint32_t a, uint32_t b) {
+    auto low = [](uint32_t x) { return widen(T{uint16_t(x)}); };
+    return pair<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
+}
+#ifndef EMULATED  // in one instruction; of bf16 as b * -1 + a, since sm_80 has no other
+template <>
+__device__ __forceinline__ uint32_t difference<f16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t difference<bf16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return y;
+}
+#endif
+
 // 2**x, within 2 units in the last place; 0 for -inf and wherever the result is no normal number
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef EMULATED
@@ -149,6 +175,19 @@ __device__ __forceinline__ float activated(int activation, float x) {
     }
     if (activation == SILU) return x / (1.0f + expf(-x));
     return x;
+}
+
+// -- 16 bytes at once, from an address that is a multiple of 16 ----------------------------------------------------------------
+
+// What is read once and then no more, as weights are: the first cache is left to others.
+__device__ __forceinline__ uint4 streamed(const void* p) {
+#ifdef EMULATED
+    return *static_cast<const uint4*>(p);
+#else
+    uint4 y;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w) : "l"(p));
+    return y;
+#endif
 }
 
 // -- what becomes of a layer's sums of products -------------------------------------------------------------------------------
@@ -229,16 +268,6 @@ __device__ __forceinline__ void store_eight(void* p, int type, int64_t i, int co
     }
 }
 
-// sum + the four products of the int8 numbers in a and b
-__device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
-#ifdef EMULATED
-    for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> (8 * i))) * int8_t(b >> (8 * i));
-    return sum;
-#else
-    return __dp4a(int(a), int(b), sum);
-#endif
-}
-
 // -- sums over a warp and over a block: the same tree whatever the data, so the same bits in every run ------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -277,9 +306,17 @@ __device__ __forceinline__ float block_sum(float x) {
     return total;
 }
 
-__device__ __forceinline__ int warp_sum(int x) {
-    for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(ALL_LANES, x, by);
+// -- between blocks -----------------------------------------------------------------------------------------------------------
+
+// What another block may have written: not from this multiprocessor's own cache.
+__device__ __forceinline__ float of_others(const float* p) {
+#ifdef EMULATED
+    return *p;
+#else
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
     return x;
+#endif
 }
 
 // -- tensor cores -------------------------------------------------------------------------------------------------------------
@@ -291,11 +328,11 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #ifdef EMULATED
 template <>
 inline void mma_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<f16>(d, a, b, [](f16 x) { return widen(x); });
+    emulated_mma<2>(d, a, b, [](uint32_t pair, int e) { return widen(f16{uint16_t(pair >> (16 * e))}); });
 }
 template <>
 inline void mma_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<bf16>(d, a, b, [](bf16 x) { return widen(x); });
+    emulated_mma<2>(d, a, b, [](uint32_t pair, int e) { return widen(bf16{uint16_t(pair >> (16 * e))}); });
 }
 #else
 #define MMA(T, NAME)                                                                                                  \
@@ -310,6 +347,17 @@ MMA(f16, "f16")
 MMA(bf16, "bf16")
 #undef MMA
 #endif
+
+// The same for a 16x8x32 tile of int8 numbers, four in a register; exact, in int32.
+__device__ __forceinline__ void mma_16x8x32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef EMULATED
+    emulated_mma<4>(d, a, b, [](uint32_t four, int e) { return int(int8_t(four >> (8 * e))); });
+#else
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
 
 // Four 8x8 matrices of halves out of shared memory. Lane l names the begin of row l % 8 of matrix l / 8, at a multiple of 16
 // bytes; of each matrix it is given the numbers 2(l % 4) + {0, 1} of row l / 4, which is what an operand of the product has.
@@ -350,11 +398,27 @@ __device__ __forceinline__ void copy_16_async(void* to, const void* from, bool t
 #endif
 }
 
-// What this thread has begun to copy is in place. Of the others' copies a barrier after this tells.
+// What this thread has begun to copy since the last such call is a group.
+__device__ __forceinline__ void close_copies() {
+#ifdef EMULATED
+    emulation::close_copies();
+#else
+    asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this tells.
+template <int PENDING>
 __device__ __forceinline__ void await_copies() {
 #ifdef EMULATED
-    emulation::finish_copies();
+    emulation::finish_copies(PENDING);
 #else
-    asm volatile("cp.async.wait_all;" : : : "memory");
+    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 #endif
+}
+
+// The same of all, in a group or not.
+__device__ __forceinline__ void await_copies() {
+    close_copies();
+    await_copies<0>();
 }

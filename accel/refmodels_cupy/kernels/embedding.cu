@@ -8,10 +8,6 @@
 
 constexpr int THREADS = 128;
 
-struct int4x2 {
-    uint8_t pair;
-};
-
 // Value j of a row as it is stored; of int8 and int4 the integer.
 template <class W>
 __device__ __forceinline__ float entry(const W* row, int j) {

@@ -16,11 +16,6 @@
 
 constexpr int WARPS = 8;
 
-// Two int4 numbers: the even one in the low four bits, the odd one in the high four.
-struct int4x2 {
-    uint8_t pair;
-};
-
 // What a lane reads at once of a row of weights: WORDS words in memory, PARTS times 8 values; PER values in an element.
 template <class W>
 struct Piece {  // f16, bf16
@@ -127,7 +122,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
     int64_t column = j + lane / ROWS;
     int row = first + lane % ROWS;
     bool mine = lane < ROWS * OUTPUTS && column < n && row < rows;
-    float result[2] = {0.0f, 1.0f};  // the layer's, the gate's
+    float layer = 0.0f, gated = 1.0f;
 #pragma unroll 1
     for (int pass = 0; pass < (gate ? 2 : 1); ++pass) {
         float sums[OUTPUTS][ROWS], sum = 0.0f;
@@ -135,8 +130,10 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
         products<ROWS, OUTPUTS>(x, first, rows, pass ? gate : w, over, pass ? gate_zero : zero, j, n, pitch, block, groups, sums);
 #pragma unroll
         for (int l = 0; l < ROWS * OUTPUTS; ++l) sum = lane == l ? sums[l / ROWS][l % ROWS] : sum;
-        if (mine) result[pass] = rescaled(sum, nullptr, row, Piece<W>::PARTS == 2 ? over : nullptr, column);
+        if (!mine) continue;
+        sum = rescaled(sum, nullptr, row, Piece<W>::PARTS == 2 ? over : nullptr, column);
+        (pass ? gated : layer) = sum;
     }
     Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
-    if (mine) finish(row, column, result[0], result[1]);
+    if (mine) finish(row, column, layer, gated);
 }
