@@ -51,6 +51,14 @@ class AcceleratorError(RuntimeError):
     """An accelerator that is not installed, cannot run on this machine, or breaks its contract."""
 
 
+class Room(NamedTuple):
+    """The memory of a device, whose name this is: bytes that are free, and all bytes."""
+
+    device: str
+    free: int
+    total: int
+
+
 class Accelerator:
     """Kernels for some ops, and how arrays of their kind come and go.
 
@@ -60,7 +68,11 @@ class Accelerator:
     dtypes      types of activations that its kernels are for; the reference runs the others
     tiles       sizes at which its kernels begin another block: sizes about them are tried
     invariant   a row's result is the same bits whatever its batch, padding, chunks and number of threads, and in every run
+
+    `ahead` is how many tokens generation may have `decode_tokens` choose before it looks at them; 1, the default: none.
     """
+
+    ahead = 1
 
     def __init__(
         self,
@@ -194,6 +206,41 @@ class Accelerator:
         """
         return None
 
+    def decode_tokens(
+        self,
+        step: Op[..., Any],
+        token_ids: Any,
+        positions: Any,
+        remaining: Any,
+        params: Params,
+        cache: Params,
+        config: Any,
+        *,
+        count: int,
+        uniform: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """The next `count` tokens of every row, (b, count), or None, the default: they are chosen one at a time, on the host.
+
+        step        the composite to run in a row: `opt_decode_step`, `bloom_decode_step` or `t5_decode_step`
+        token_ids   (b,) the tokens to begin with, to be taken in at `positions` (b,); those of step i at
+                    positions + min(i, remaining): a row that has its `remaining` (b,) tokens stays where it is
+        uniform     (count, b), with the settings of `sample_token`, which then chooses; None: `greedy_token` does
+
+        Only an accelerator with `ahead` above 1 is asked, for up to that many tokens. All arrays are its own.
+        """
+        return None
+
+    @property
+    def takes(self) -> bool:
+        """Whether parameters can be given away to it: it has a `take` of its own."""
+        return type(self).take is not Accelerator.take
+
+    def room(self) -> Room | None:
+        """The memory that parameters are loaded to, for a model to be weighed against before any is moved. None, the default,
+        is for the host's."""
+        return None
+
     def asarray(self, x: np.ndarray[Any, Any]) -> Any:
         """A NumPy array as this accelerator's kind. By default itself."""
         return x
@@ -216,9 +263,23 @@ class Accelerator:
         """
         return None
 
+    def hardware(self) -> dict[str, str] | None:
+        """What it runs on, in words by name (`device`, then others), if that is no processor of the host. None if it is."""
+        return None
+
+    def limits(self) -> tuple[float, float] | None:
+        """What `hardware` can do, measured now: bytes a second that its memory gives, operations a second of its fastest
+        product of bfloat16 matrices. None where there is no `hardware`: the host's limits are this accelerator's."""
+        return None
+
     def missing(self) -> str | None:
         """None, or the reason why this accelerator cannot run on this machine."""
         return None
+
+    def intended(self) -> bool:
+        """Whether what it needs was installed by somebody, who is to be told why it cannot run: then the command line says so
+        where another takes its place. By default nobody is."""
+        return False
 
     def __repr__(self) -> str:
         return f"<accelerator {self.name}: kernels for {len(self._kernels)} ops>"

@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from refmodels.accelerator import Accelerator, find
+from refmodels.accelerator import Accelerator, AcceleratorError, Room, find
 from refmodels.arguments import is_integer, policy_name
 from refmodels.op import Array, Op, Params, executing, executor_in_force
 from refmodels.ops.dense import token_scores, token_vectors
 from refmodels.ops.precision import compute_dtype, narrow, numpy_dtype, variable_dtype
-from refmodels.parameters import Parameter, check_leaves, count, draw, flatten, stored_bytes
-from refmodels.placement import Leaves, Placement
+from refmodels.parameters import Parameter, build_tree, check_leaves, count, draw, flatten, stored_bytes, unread_tree
+from refmodels.placement import Form, Leaves, Placement
+from refmodels.printing import byte_size
 from refmodels.quantization import (
     Quantization,
     check_finite,
@@ -125,6 +126,37 @@ class Backbone(ABC):
         """As an assignment to `params`, of a tree whose arrays nobody else keeps."""
         self._put(tree, shared=False)
 
+    def read(self, leaf: Callable[[Parameter], Array]) -> None:
+        """Take the parameters that `leaf` reads, one after the other.
+
+        If this model's accelerator takes parameters and has room for these, each goes there before the next is read, so that
+        the host never holds them all.
+        """
+        accelerator, parameters = self.accelerator, self.parameters()
+        if accelerator is None or not accelerator.takes or self._excess(accelerator.room()):
+            self.adopt(build_tree(parameters, leaf))
+            return
+        forms = {each.path: Form(each.shape, numpy_dtype(each.dtype or self.variable_dtype)) for each in parameters}
+        self.placement.stream(unread_tree(parameters, leaf), forms, accelerator)
+
+    def _excess(self, room: Room | None) -> str:
+        """What to say if the parameters do not fit into this room, and in which types they would be smaller."""
+        held = stored_bytes(self.parameters(), self.variable_dtype)
+        if room is None or held <= room.free:
+            return ""
+        kind = self.variable_dtype if self.quantization is None else self.quantization.keras_mode
+        plain, ways = self.plain_parameters(), []
+        if self.quantization is None:
+            ways.append(("bfloat16", 'dtype="bfloat16"', stored_bytes(plain, "bfloat16")))
+        for mode in ("int8", "int4"):
+            size = stored_bytes(quantized_table(plain, quantization(mode)), self.variable_dtype)
+            ways.append((mode, f'quantize("{mode}")', size))
+        smaller = ", ".join(f"{byte_size(size)} in {name} ({how})" for name, how, size in ways if size < held)
+        return (
+            f"the weights of {self.name} are {byte_size(held)} in {kind}, and {room.device} has {byte_size(room.free)} of "
+            f"{byte_size(room.total)} free" + (f"; they would be {smaller}" if smaller else "")
+        )
+
     def _put(self, tree: Params, *, shared: bool) -> None:
         check_leaves(dict(flatten(tree)), self.parameters(), type(self).__name__)
         self.placement.put(tree, shared=shared)
@@ -150,7 +182,11 @@ class Backbone(ABC):
         accelerator, placement = self._in_force(), self._placed()
         if accelerator is None:
             return placement.on_host()
-        return placement.at(accelerator, own=accelerator is self.accelerator)
+        return placement.at(accelerator, own=accelerator is self.accelerator, check=lambda: self._check_room(accelerator))
+
+    def _check_room(self, accelerator: Accelerator) -> None:
+        if excess := self._excess(accelerator.room()):
+            raise AcceleratorError(f"accelerator {accelerator.name!r}: {excess}")
 
     def _placed(self) -> Placement:
         """Where the parameters are, drawn now if there are none."""
@@ -509,6 +545,27 @@ class Backbone(ABC):
         with self.running():
             ids, mask, places = (self.on_device(array) for array in (token_ids, padding_mask, positions))
             return self.decode_op(ids, mask, places, self.device_params, cache, self.config)
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens `decode_tokens` may be asked for at once; 1: none."""
+        accelerator = self._in_force()
+        return 1 if accelerator is None else accelerator.ahead
+
+    def decode_tokens(
+        self, token_ids: Array, positions: Array, remaining: Array, cache: Params, *, count: int, **choice: Array
+    ) -> Array | None:
+        """The next `count` tokens of every row (b, count), as `Accelerator.decode_tokens` has them; None if it does not."""
+        accelerator = self._in_force()
+        if accelerator is None:
+            return None
+        with self.running():
+            ids, places, left = (self.on_device(array) for array in (token_ids, positions, remaining))
+            how = {name: self.on_device(array) for name, array in choice.items()}
+            found = accelerator.decode_tokens(
+                self.decode_op, ids, places, left, self.device_params, cache, self.config, count=count, **how
+            )
+            return None if found is None else np.asarray(self.on_host(found))
 
     @cached_property
     def token_embedding(self) -> "TokenEmbedding":

@@ -134,7 +134,7 @@ def measure(
     progress    is told what is being measured
     """
     plan.check(backbone)
-    threads = settings.get("threads") or default_threads()
+    accelerator, threads = backbone.accelerator, settings.get("threads") or default_threads()
     progress("the first calls")
     for batch in {1, *plan.batches}:  # an accelerator may compile and pack now
         generation_seconds(backbone, batch, 2, 3)
@@ -147,8 +147,9 @@ def measure(
         for kind, batch in turns if i % 2 == 0 else turns[::-1]:
             progress(f"round {i + 1} of {plan.repeats}: {kind}, batch {batch}")
             found[kind, batch].append(measured(backbone, plan, kind, batch))
-        progress(f"round {i + 1} of {plan.repeats}: the machine's limits")
-        limits.append(measured_limits(threads))
+        progress(f"round {i + 1} of {plan.repeats}: the hardware's limits")
+        of_device = None if accelerator is None else accelerator.limits()
+        limits.append(measured_limits(threads) if of_device is None else Limits(*of_device))
     best, firsts = Limits(*map(max, zip(*limits, strict=True))), found.pop(("first token", 1))
     step, flops = bytes_per_step(backbone), prefill_flops(backbone, plan.prompt_length)
     rates = {"prefill": best.flops_per_second / flops * plan.prompt_length, "decode": best.bytes_per_second / step}
@@ -163,6 +164,7 @@ def measure(
         "parameters": backbone.count_params(),
         "weights_bytes": stored_bytes(backbone.parameters(), backbone.variable_dtype),
         "threads": threads,
+        "hardware": None if accelerator is None else accelerator.hardware(),
         "machine": description() | {"python": sys.version.split()[0], "numpy": np.__version__},
         **asdict(plan),
         "bytes_per_step": step,

@@ -226,21 +226,15 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed and memory beside the hardware's limits", description=_BENCH)
     bench.set_defaults(command=bench_command)
-    bench.add_argument(
-        "preset",
-        metavar="PRESET",
-        nargs="?",
-        default="opt_125m_en",
-        help="as for generate (default: opt_125m_en, random weights)",
-    )
+    bench.add_argument("preset", metavar="PRESET", nargs="?", help="as for generate (default: opt_125m_en, random weights)")
     bench.add_argument(
         "--random", action="store_true", help="random weights in the preset's shape; nothing is downloaded for a built-in"
     )
     group = bench.add_argument_group("what to measure")
-    group.add_argument("--prompt-length", type=_positive, default=512, metavar="N", help="tokens of a prompt (default: 512)")
-    group.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens to decode (default: 64)")
-    group.add_argument("--batch", type=_batches, default=(1, 8), metavar="N,...", help="rows at once (default: 1,8)")
-    group.add_argument("--repeats", type=_positive, default=3, metavar="N", help="rounds (default: 3)")
+    group.add_argument("--prompt-length", type=_positive, metavar="N", help="tokens of a prompt (default: 512)")
+    group.add_argument("--new-tokens", type=_positive, metavar="N", help="tokens to decode (default: 64)")
+    group.add_argument("--batch", type=_batches, metavar="N,...", help="rows at once (default: 1,8)")
+    group.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default: 3, with --peers 5)")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group = bench.add_argument_group("where and how to compute")
     group.add_argument("--accelerator", metavar="NAME", help="reference, or a plug-in (default: the fastest that can run here)")
@@ -248,6 +242,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", metavar="POLICY", help="as for generate")
     group.add_argument("--quantize", choices=("int8", "int4"), help="turn the weights into integers first")
     group.add_argument("--weight-only", action="store_true", help="int8 for the weights alone")
+    group = bench.add_argument_group("beside other libraries, on a GPU")
+    group.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure refmodels and Transformers in PRESET's shape (default: the shapes that have aims), random weights",
+    )
+    group.add_argument("--write", metavar="FILE", help="the tables as Markdown (default, without PRESET: accel/bench/gpu.md)")
 
     accelerators = commands.add_parser(
         "accelerators", help="list what can stand in for the reference", description=_ACCELERATORS
@@ -383,7 +384,8 @@ _SCORE = "Print the log-probability of each token of a text, or of a second text
 _CONVERT = "Write a preset, its tokenizer included, in KerasHub's form or in Hugging Face's. DST appears when it is complete."
 _BENCH = (
     "Measure prefill and decoding, beside what this machine allows, measured in the same run, and load time, time to the first "
-    "token and memory (spec/bench.md). A built-in preset that is not in the package gets random weights in its shape."
+    "token and memory (spec/bench.md). A built-in preset that is not in the package gets random weights in its shape. With "
+    "--peers: on a GPU beside Transformers, in one run."
 )
 _ACCELERATORS = (
     "List the accelerators that are installed, and say which can run here. Without --accelerator, generate and score take the "
@@ -534,25 +536,35 @@ def chosen_accelerator(arguments: argparse.Namespace) -> "Accelerator | None":
     settings = {} if arguments.threads is None else {"threads": arguments.threads}
     if arguments.accelerator is not None:
         return find(arguments.accelerator, **settings)
-    found = find(fastest_accelerator(), **settings)
-    if found is not None:
-        progress(f"running on {found.name}")
+    found = fastest_accelerator(**settings)
+    if found is None:
+        return find(None, **settings)
+    progress(f"running on {found.name}")
     return found
 
 
-def fastest_accelerator() -> "Accelerator | None":
-    """The first installed accelerator that can run here, the fastest first; None, the reference, if there is none."""
-    from refmodels.accelerator import AcceleratorError, find, installed
+def fastest_accelerator(**settings: Any) -> "Accelerator | None":
+    """The first installed accelerator that can run here with these settings, the fastest first; None if only the reference can.
+    One that somebody meant to run, and that cannot, is named with the reason on standard error."""
+    from refmodels.accelerator import REFERENCE, AcceleratorError, find, installed, plugin
 
+    left_out: list[str] = []
+    chosen = None
     for name in fastest_first(installed()):
+        intended = False
         try:
-            return find(name)
+            intended = plugin(name).intended()
+            chosen = find(name, **settings)
+            break
         except AcceleratorError as error:
             cause = error.__cause__
-            if cause is None or isinstance(cause, ImportError):  # it cannot run on this machine
-                continue
-            say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
-    return None
+            if intended and cause is None:
+                left_out.append(str(error))
+            elif cause is not None and not isinstance(cause, ImportError):
+                say(f"refmodels: note: accelerator {name!r} does not load and is left out: {_one_line(cause)}")
+    for reason in left_out:
+        say(f"refmodels: note: {reason}; running on {REFERENCE if chosen is None else chosen.name}")
+    return chosen
 
 
 def fastest_first(names: Iterable[str]) -> list[str]:
@@ -655,9 +667,10 @@ def bench_command(arguments: argparse.Namespace) -> None:
     """`refmodels bench`."""
     from refmodels.accelerator import find
     from refmodels.cli_bench import print_bench
+    from refmodels.cli_bench_peers import print_peers
 
     accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
-    print_bench(arguments, accelerator)
+    (print_peers if arguments.peers else print_bench)(arguments, accelerator)
 
 
 # -- accelerators ---------------------------------------------------------------------------------------------------------

@@ -13,10 +13,16 @@ from refmodels.bench import DECODE_AFTER, Plan, measure
 from refmodels.presets import locate
 from refmodels.printing import aligned, byte_size, print_json
 
+DEFAULT_PRESET = "opt_125m_en"
+
 
 def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) -> None:
     """Measure what the options say, and print it."""
-    plan = Plan(arguments.prompt_length, arguments.new_tokens, arguments.batch, arguments.repeats)
+    if arguments.write is not None:
+        raise ValueError("--write goes with --peers")
+    arguments.preset = arguments.preset or DEFAULT_PRESET
+    given = {"prompt_length": arguments.prompt_length, "new_tokens": arguments.new_tokens, "batches": arguments.batch}
+    plan = Plan(**{name: value for name, value in (given | {"repeats": arguments.repeats}).items() if value is not None})
     settings = {} if arguments.threads is None else {"threads": arguments.threads}
     if arguments.weight_only and arguments.quantize is None:
         raise ValueError("--weight-only goes with --quantize")
@@ -24,9 +30,9 @@ def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) 
     try:
         with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
             backbone, directory = _model(arguments, accelerator, plan)
-            found = measure(backbone, plan, directory, settings, _progress)
+            found = measure(backbone, plan, directory, settings, show_progress)
     finally:
-        _progress("")
+        show_progress("")
     result = {
         "preset": arguments.preset,
         "class": type(backbone).__name__,
@@ -59,26 +65,23 @@ def _model(arguments: argparse.Namespace, accelerator: Accelerator | None, plan:
     return backbone, None if random or arguments.quantize is not None else located.fetch()
 
 
-def _progress(line: str) -> None:
+def show_progress(line: str) -> None:
     """Show on a terminal what is being measured, in place of what was."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _report(result: Mapping[str, Any]) -> list[str]:
-    machine, limits = result["machine"], result["limits"]
+    machine = result["machine"]
     kind = result["dtype"] if result["quantization"] is None else f"{result['quantization']} from {result['dtype']}"
     kind += ", weights alone" if result["weight_only"] and result["quantization"] == "int8" else ""
     weights = "random weights" if result["random_weights"] else "its weights"
     rows = [
         ("model", f"{result['preset']}, {result['parameters']:,} parameters, {kind}, {weights}"),
         ("accelerator", str(result["accelerator"])),
+        *([("device", ", ".join(result["hardware"].values()))] if result["hardware"] else []),
         ("machine", f"{machine['processor']}, {machine['cores']} cores; NumPy {machine['numpy']}"),
-        (
-            "limits",
-            f"{result['threads']} threads read {limits['bytes_per_second'] / 1e9:.1f} GB/s and multiply float32 matrices at "
-            f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s",
-        ),
+        ("limits", _limits(result)),
         ("a step reads", byte_size(result["bytes_per_step"])),
         ("a prompt takes", f"{result['flops_per_prompt'] / 1e9:,.4g} GFLOP for {result['prompt_length']} tokens"),
         ("first token", f"{result['first_token_seconds']:.4f} s after a prompt of one token"),
@@ -92,6 +95,13 @@ def _report(result: Mapping[str, Any]) -> list[str]:
     rounds = f"{result['repeats']} round{'s' * (result['repeats'] > 1)}"
     rounds += f"; decoding: {result['new_tokens']} tokens after {DECODE_AFTER}"
     return [*aligned(rows), "", *aligned(table, right=(1, 2, 3, 4, 5)), "", rounds]
+
+
+def _limits(result: Mapping[str, Any]) -> str:
+    reading, multiplying = f"{result['limits']['bytes_per_second'] / 1e9:,.1f} GB/s", result["limits"]["flops_per_second"] / 1e9
+    if result["hardware"]:
+        return f"the device reads {reading} and multiplies bfloat16 matrices at {multiplying:,.0f} GFLOP/s"
+    return f"{result['threads']} threads read {reading} and multiply float32 matrices at {multiplying:.0f} GFLOP/s"
 
 
 def _fresh_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ been settled when its cache was made. What a row says depends on nothing in its 
 and searches (beams, contrastive) run one row at a time. The rules are in `spec/generation.md`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +55,11 @@ class Decoder(Protocol):
     def on_host(self, outputs: Any) -> Any: ...
     def prefill(self, token_ids: Array, padding_mask: Array, lengths: Array, cache: Params) -> Array: ...
     def decode_step(self, token_ids: Array, padding_mask: Array, positions: Array, cache: Params) -> Array: ...
+    @property
+    def ahead(self) -> int: ...
+    def decode_tokens(
+        self, token_ids: Array, positions: Array, remaining: Array, cache: Params, *, count: int, **choice: Array
+    ) -> Array | None: ...
     def hidden_states(self, token_ids: Array, padding_mask: Array, start: Array | None, cache: Params) -> Array: ...
     def logits(self, hidden: Array) -> Array: ...
 
@@ -287,11 +293,15 @@ def decode(
     restrict = restrict or Restriction(decoder)
     sequences = [restrict.begin(prompt) for prompt in prompts]
     logits, positions = _prefill(decoder, cache, prompts)
+    real, waiting = np.ones((len(prompts), 1), bool), deque[Array]()
     while True:
+        if waiting:
+            tokens = waiting.popleft()
+        else:
+            with decoder.running():
+                scores = restrict(logits, rows, sequences, remaining > 0)
+                tokens = decoder.on_host(_choose(decoder, scores, rows, generators))
         active = remaining > 0
-        with decoder.running():
-            scores = restrict(logits, rows, sequences, active)
-            tokens = decoder.on_host(_choose(decoder, scores, rows, generators))
         new = [int(token) if on else None for token, on in zip(tokens, active, strict=True)]
         ended = np.isin(tokens, list(stop))
         for i, token in enumerate(new):
@@ -303,8 +313,38 @@ def decode(
         remaining[ended] = 0
         if not (remaining > 0).any():
             return
-        logits = decoder.decode_step(tokens[:, None], np.ones((len(prompts), 1), bool), positions, cache)
+        if not waiting and not restrict.acts(rows):
+            waiting.extend(_ahead(decoder, cache, tokens, positions, remaining, rows, generators))
+        if not waiting:
+            logits = decoder.decode_step(tokens[:, None], real, positions, cache)
         positions = positions + (remaining > 0)  # a row that is done stays where it is, inside its cache
+
+
+def _ahead(
+    decoder: Decoder,
+    cache: Params,
+    tokens: Array,
+    positions: Array,
+    remaining: Array,
+    rows: Sequence[Sampling],
+    generators: Sequence[np.random.Generator],
+) -> Array:
+    """The next tokens (count, b) of all rows, where they can be chosen without anyone looking at them; else none.
+
+    Those of a row that turns out to have ended among them are for nobody, nor are the numbers that its generator drew for them.
+    """
+    count = min(decoder.ahead, int(remaining.max()))
+    if count < 2:
+        return tokens[:0, None]
+    choice: dict[str, Array] = {}
+    if any(row.kind != "greedy" for row in rows):
+        states = [generator.bit_generator.state for generator in generators]
+        choice = {"uniform": np.stack([generator.random(count) for generator in generators], 1), **_filters(rows)}
+    found = decoder.decode_tokens(tokens, positions, remaining, cache, count=count, **choice)
+    if found is None and choice:
+        for generator, state in zip(generators, states, strict=True):
+            generator.bit_generator.state = state
+    return tokens[:0, None] if found is None else found.T
 
 
 def _choose(decoder: Decoder, logits: Array, rows: Sequence[Sampling], generators: Sequence[np.random.Generator]) -> Array:
@@ -312,9 +352,13 @@ def _choose(decoder: Decoder, logits: Array, rows: Sequence[Sampling], generator
     if all(row.kind == "greedy" for row in rows):
         return greedy_token(logits)
     uniform = decoder.on_device(np.array([generator.random() for generator in generators]))
+    return sample_token(logits, uniform, **{name: decoder.on_device(values) for name, values in _filters(rows).items()})
+
+
+def _filters(rows: Sequence[Sampling]) -> dict[str, Array]:
+    """temperature, top_k, top_p and min_p of all rows (b,)."""
     names = ("temperature", "top_k", "top_p", "min_p")
-    settings = zip(names, map(np.array, zip(*(row.filters() for row in rows), strict=True)), strict=True)
-    return sample_token(logits, uniform, **{name: decoder.on_device(values) for name, values in settings})
+    return dict(zip(names, map(np.array, zip(*(row.filters() for row in rows), strict=True)), strict=True))
 
 
 class Restriction:
@@ -335,6 +379,12 @@ class Restriction:
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """What of the prompt is looked at: a list to which the row's new tokens are appended."""
         return list(prompt) if self._known else []
+
+    def acts(self, rows: Sequence[Sampling]) -> bool:
+        """Whether it does anything to the scores of these rows."""
+        return self._constraint is not None or any(
+            (row.repetition_penalty or 1.0) != 1 or row.no_repeat_ngram_size for row in rows
+        )
 
     def __call__(
         self,

@@ -10,9 +10,9 @@ import numpy as np
 from refmodels.arguments import policy_name
 from refmodels.backbone import Backbone
 from refmodels.files import CheckpointError, MissingFileError, read_json
-from refmodels.op import Array, Params
+from refmodels.op import Array
 from refmodels.ops.precision import FLOATS, numpy_dtype
-from refmodels.parameters import Parameter, build_tree
+from refmodels.parameters import Parameter
 from refmodels.preprocessor_files import saved_settings, task_settings
 from refmodels.preprocessors import PREPROCESSORS, Preprocessor
 from refmodels.presets import MODELS, TASKS, construct, locate
@@ -162,7 +162,7 @@ def _load_keras(
                     f"{directory / name}: it holds adapters (lora/), not a model's weights: load the base model, then call its "
                     "load_lora_weights"
                 )
-            tree = _assemble(
+            _assemble(
                 backbone,
                 tensors,
                 directory / name,
@@ -171,7 +171,6 @@ def _load_keras(
                 ignorable=lambda name: False,
                 convert=lambda values, parameter: values,
             )
-            backbone.adopt(tree)
     return backbone
 
 
@@ -220,7 +219,7 @@ def _of_huggingface(
         arguments["tie_embedding_weights"] = huggingface.tied(tensors, config, str(file))
     backbone = construct(model, arguments, kwargs, str(file.parent / "config.json"))
     start = huggingface.prefix(tensors, model.family)
-    tree = _assemble(
+    _assemble(
         backbone,
         tensors,
         file,
@@ -229,7 +228,6 @@ def _of_huggingface(
         ignorable=lambda name: huggingface.ignorable(name, model.family, start),
         convert=huggingface.convert,
     )
-    backbone.adopt(tree)
     return backbone
 
 
@@ -270,9 +268,8 @@ def _assemble(
     stored_shape: Callable[[Parameter], tuple[int, ...]],
     ignorable: Callable[[str], bool],
     convert: Callable[[Array, Parameter], Array],
-) -> Params:
-    """The tree of this backbone's parameters from the tensors of a file: all are checked first, then read one by
-    one."""
+) -> None:
+    """This backbone's parameters from the tensors of a file: all are checked first, then read one by one."""
     parameters, how = backbone.parameters(), backbone.quantization
     if how is not None and all(tensor.dtype.name in FLOATS for tensor in tensors.values()):
         raise CheckpointError(f"{file} holds plain weights: load it with a plain dtype, then call quantize({how.mode!r})")
@@ -293,4 +290,4 @@ def _assemble(
         with np.errstate(over="ignore"):  # beyond the type's range is an infinity, as the type defines it
             return np.array(values, dtype=target, order="C")
 
-    return build_tree(parameters, leaf)
+    backbone.read(leaf)

@@ -6,8 +6,9 @@ KerasHub weight file and in a Hugging Face checkpoint, and how the original draw
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,47 @@ def stored_bytes(parameters: Iterable[Parameter], dtype: str) -> int:
 def build_tree(parameters: Iterable[Parameter], leaf: Callable[[Parameter], Any]) -> Params:
     """The tree with `leaf(parameter)` at every path."""
     return grown((parameter.path, leaf(parameter)) for parameter in parameters)
+
+
+class Unread(dict[str, Any]):
+    """A dictionary of a tree in which each array is read when it is asked for, and is kept there until it is deleted.
+
+    To look at all entries, or to copy them, is to read them. The keys and their number are known before.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, partial):
+            value = self[key] = value()
+        return value
+
+    def __iter__(self) -> Iterator[str]:  # a copy of a dictionary that has its own asks for each entry
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401  it is what `get` is made of
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.get(key)
+        return super().pop(key, *default)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+        return ValuesView(self)
+
+
+def unread_tree(parameters: Iterable[Parameter], leaf: Callable[[Parameter], Any]) -> Params:
+    """The tree for which `leaf(parameter)` is called when something asks for it."""
+
+    def unread(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return Unread({key: unread(child) for key, child in tree.items()})
+        return [unread(child) for child in tree] if isinstance(tree, list) else tree
+
+    tree: Params = unread(build_tree(parameters, lambda parameter: partial(leaf, parameter)))
+    return tree
 
 
 def grown(leaves: Iterable[tuple[str, Any]]) -> Params:

@@ -96,6 +96,11 @@ class Placement:
         with self._lock:
             self._state = _State(host=tree, shared=shared)
 
+    def stream(self, tree: Params, forms: dict[str, Form], accelerator: Accelerator) -> None:
+        """From now on these are the parameters, of these forms: a tree whose arrays are read as the accelerator takes them."""
+        with self._lock:
+            self._take(tree, forms, accelerator)
+
     def fill(self, draw: Callable[[], Params]) -> None:
         """If there are no parameters yet, those that `draw` gives."""
         with self._lock:
@@ -132,14 +137,16 @@ class Placement:
             self._state = _State(host=host, shared=shared)
             return host
 
-    def at(self, accelerator: Accelerator, *, own: bool) -> Params:
-        """The tree as this accelerator wants it. The model's `own` accelerator may take it, another loads a copy."""
+    def at(self, accelerator: Accelerator, *, own: bool, check: Callable[[], None]) -> Params:
+        """The tree as this accelerator wants it. The model's `own` accelerator may take it, another loads a copy; `check` is
+        called before, and raises if that cannot be."""
         state = self._state  # read once: it may change at any time
         if state.accelerator is accelerator and state.device is not None:
             return state.device
         del state  # which would keep alive what is taken
         with self._lock:
             if self._state.accelerator is not accelerator:
+                check()
                 self.on_host()  # it may be at another accelerator
                 if self._state.shared or not own or not self._taken(accelerator):
                     loaded = accelerator.load(self.on_host())
@@ -210,13 +217,15 @@ class Placement:
     def _taken(self, accelerator: Accelerator) -> bool:
         """Let the accelerator take the host's tree; whether it does that."""
         tree = copy_containers(self._state.host)
-        forms = {path: Form(leaf.shape, leaf.dtype) for path, leaf in flatten(tree)}
+        return self._take(tree, {path: Form(leaf.shape, leaf.dtype) for path, leaf in flatten(tree)}, accelerator)
+
+    def _take(self, tree: Params, forms: dict[str, Form], accelerator: Accelerator) -> bool:
         self._state = _State(lost=f"moving them to accelerator {accelerator.name!r}")
         device = accelerator.take(tree)
         if device is None:
-            self._state = _State(host=tree)
+            self._state = _State(host=copy_containers(tree))
             return False
-        self._state = _State(accelerator=accelerator, device=device, forms=forms)
+        self._state = _State(accelerator=accelerator, device=copy_containers(device), forms=forms)
         return True
 
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from ahead import FLAWS, FourAhead
 from hypothesis import HealthCheck, given, settings
 from planted import RIGHT, WRONG
 
@@ -251,6 +252,21 @@ def test_laws_of_models_find_what_no_op_shows():
 def test_bits_of_models_are_held_to_the_claim():
     report = check_accelerator(Accelerator("claims", invariant=True, dtypes=("float32",)), ops=["opt/batch"], examples=200)
     assert "other" in report[0].failures[0].reason or "not the same bits" in report[0].failures[0].reason
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "t5"])
+def test_tokens_ahead_are_held_to_the_steps(family):
+    name = f"{family}/ahead"
+    (entry,) = check_accelerator(FourAhead(), ops=[name], examples=30)
+    assert (entry.failures, entry.taken) == ([], entry.examples)
+    for flaw in FLAWS:
+        (entry,) = check_accelerator(FourAhead(flaw=flaw), ops=[name], examples=30, shrink=False)
+        assert entry.verdict == "WRONG", flaw
+
+
+def test_the_law_of_tokens_ahead_is_for_those_that_choose_some():
+    with pytest.raises(ValueError, match="no op or law is named 'opt/ahead'"):
+        check_accelerator(Accelerator("one by one"), ops=["opt/ahead"])
 
 
 def test_what_is_asked_for_must_be_there():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
-from refmodels_cupy.linear import FEW, OUTPUTS
+from refmodels_cupy.linear import MOST, OUTPUTS
 from refmodels_cupy.source import DIRECTORY
 from refmodels_cupy.weights import Matrix
 
@@ -27,13 +27,16 @@ from refmodels.parameters import copy_containers, flatten, grown
 from refmodels.quantization import quantization, quantized_tree
 
 ATTENTION = {"attention_scores", "masked_softmax", "attention_context"}
+SAMPLING = {"greedy_token", "sample_token"}
 
 BY_KERNELS = (
     "add", "multiply", "scaled", "relu", "gelu", "gelu_approximate", "silu", "linear", "logits_from_embeddings", "embedding",
     "row_scale", "quantize_rows", "linear_int8", "logits_int8", "linear_weight_int8", "logits_weight_int8", "linear_int4",
     "logits_int4", "embedding_int8", "embedding_int4", "layer_norm", "rms_norm",
 )  # fmt: skip
-BY_ARRAY_FUNCTIONS = tuple(name for name, op in OPS.items() if not op.composite and name not in ATTENTION | set(BY_KERNELS))
+BY_ARRAY_FUNCTIONS = tuple(
+    name for name, op in OPS.items() if not op.composite and name not in ATTENTION | SAMPLING | set(BY_KERNELS)
+)
 COMPOSITES = ("dense", "token_vectors", "token_scores", "key_value_cache")
 
 
@@ -84,11 +87,11 @@ def product(form, x, p):
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "weight_int8", "int8", "int4"])
 @pytest.mark.parametrize(("k", "n"), [(300, 19), (64, 5)])
 def test_a_row_has_the_same_bits_in_every_batch_of_few(cupy, form, k, n):
-    x = np.random.default_rng(0).standard_normal((FEW, k)).astype(numpy_dtype("bfloat16" if form == "bfloat16" else "float32"))
+    x = np.random.default_rng(0).standard_normal((17, k)).astype(numpy_dtype("bfloat16" if form == "bfloat16" else "float32"))
     p = cupy.load({"layer": layer(form, k, n)})["layer"]
     with use(cupy):
         alone = [product(form, row[None], p)[0].tobytes() for row in x]
-        for count in (2, 3, 4, 7, 8, 9, FEW):
+        for count in (2, 3, 4, 7, 8, 9, 17):
             assert [row.tobytes() for row in product(form, x[:count], p)] == alone[:count]
     assert {launched.split(",")[0].split("<")[1].rstrip(">") for launched in cupy.device.launches if "matvec" in launched} == {
         str(rows) for rows in OUTPUTS
@@ -100,7 +103,7 @@ def test_integer_sums_are_exact(cupy):
     k = 3000
     values, kernel = np.full((3, k), -127, np.int8), np.full((k, 2), -127, np.int8)
     kernel[1, 0], ones = 1, np.ones(3, np.float32)
-    for rows in (3, FEW + 1):
+    for rows in (3, MOST + 1):
         given = np.resize(values, (rows, k)), np.resize(ones, rows)
         with use(cupy):
             y = linear_int8(*given, kernel, ones[:2], dtype="float32")
@@ -206,8 +209,8 @@ FAULTS = {
     "lanes and rows are mixed up": ("matvec.cu", "lane % ROWS;", "lane / OUTPUTS % ROWS;", plain(7)),
     "another row's values": ("matvec.cu", "min(first + r, rows - 1)", "first", plain(2)),
     "rows behind the first eight are the first": ("matvec.cu", "x + int64_t(min(first + r", "x + int64_t(min(r", plain(9)),
-    "no bias": ("matvec.cu", "bias ? factor * sum + stored(bias, bias_type, column) : factor * sum",
-        "factor * sum", plain(1)),
+    "another sum than the layer's": ("matvec.cu", "finish(row, column, result[0], result[1])",
+        "finish(row, column, result[1], result[0])", plain(1)),
     "lanes are not added up": ("matvec.cu", "= warp_sum(sums[o][r])", "= sums[o][r]", plain(1)),
     "half-precision sums": ("matvec.cu", "__fmaf_rn(values[e], weights[o][e], sums[o][r])",
                             "widen(narrow<f16>(__fmaf_rn(values[e], weights[o][e], sums[o][r])))", plain(1)),
@@ -216,19 +219,16 @@ FAULTS = {
         "float(words[p] >> 4 * e & 15)", four_bits(1)),
     "no zero": ("matvec.cu", "weights[o][e] - z", "weights[o][e]", four_bits(2)),
     "the group of the piece's first value": ("matvec.cu", "(i + 8 * p) / block", "i / block", four_bits(1)),
-    "multiplied by the scale": ("matvec.cu", "sum /= over[column]", "sum *= over[column]", weight_eight_bits(1)),
+    "no scale": ("matvec.cu", "Piece<W>::PARTS == 2 ? over", "Piece<W>::PARTS == 3 ? over", weight_eight_bits(1)),
     "int8 without a sign": ("matvec.cu", "float(int8_t(words[2", "float(uint8_t(words[2", weight_eight_bits(1)),
-    "one scale for all rows": ("matvec_int8.cu", "row_scale[row]", "row_scale[0]", eight_bits(4)),
+    "one scale for all rows": ("matvec_int8.cu", "row_scale, row,", "row_scale, 0,", eight_bits(4)),
     "three of four words": ("matvec_int8.cu", "q < 4; ++q", "q < 3; ++q", eight_bits(1)),
-    "no column scale": ("epilogue.cu", "/= row_scale[r] * scale[j]", "/= row_scale[r]", eight_bits(17)),
-    "another column's bias": ("epilogue.cu", "stored(bias, bias_type, j)", "stored(bias, bias_type, 0)", plain(17)),
+    "the first column's scale": ("epilogue.cu", "row_scale, r, scale, j", "row_scale, r, scale, 0", eight_bits(MOST + 1)),
+    "bias of another type": ("epilogue.cu", "{bias, bias_type,", "{bias, 1,", plain(MOST + 1)),
     "ties away from zero": ("quantize.cu", "rintf(", "roundf(", with_ties()),
-    "a missing barrier": ("quantize.cu", "    __syncthreads();\n", "", one_large_value()),
-    "the first warp's values": ("quantize.cu", "i < THREADS / WARP_SIZE; ++i) largest", "i < 1; ++i) largest",
-        one_large_value()),
+    "a warp's largest value": ("quantize.cu", "block_max<THREADS>(largest)", "warp_max(largest)", one_large_value()),
     "high and low nibbles": ("embedding.cu", "j % 2 ?", "j % 2 == 0 ?", quantised_table()),
-    "the first group's scale": ("embedding.cu", ")) * scale[id * groups + j / block]",
-        ")) * scale[id * groups]", quantised_table()),
+    "the first group's scale": ("embedding.cu", "scale[group]", "scale[group - j / block]", quantised_table()),
     "the next row": ("embedding.cu", "table + id * pitch", "table + (id + 1) % v * pitch", a_table()),
     "a row's first 128 values": ("embedding.cu", "j < n; j += THREADS", "j < n && j < THREADS; j += THREADS", a_table()),
 }  # fmt: skip

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+from ahead import FourAhead
 
-from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
+from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM, use
 from refmodels.causal_lm import CausalLM
 from refmodels.generate import Sampling, beam_search
 from refmodels.seq_2_seq_lm import Seq2SeqLM
@@ -66,6 +67,22 @@ def tokens(output):
 
 
 families = pytest.mark.parametrize("family", ["t5", "opt", "bloom"])
+
+
+@families
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("declines", [(), (2,)])
+def test_tokens_that_are_chosen_ahead_are_the_same_tokens(family, settings, declines):
+    task, accelerator = task_of(family), FourAhead(declines=declines)
+    for limit in ({"max_new_tokens": 11}, {"max_length": 9}):  # the second leaves each row another number
+        asked = {"stop_token_ids": [1], **limit, **settings}
+        wanted = tokens(task.generate(inputs_of(family), **asked))
+        with use(accelerator):
+            assert tokens(task.generate(inputs_of(family), **asked)) == wanted
+    chosen = [row for row in Sampling.of(settings, len(PROMPTS)) if row.kind not in ("beam", "contrastive")]
+    free = chosen and not any(row.repetition_penalty or row.no_repeat_ngram_size for row in chosen)
+    assert bool(accelerator.asked) == bool(free)
+    assert set(accelerator.asked) <= {2, 3, 4}
 
 
 @families

@@ -1,9 +1,12 @@
 """Where the kernels run. `Device` is what the ops ask for; `Gpu` is an NVIDIA GPU through CuPy.
 
-The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing outside this file names
-CuPy, and everything else can be tested without a GPU.
+The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file and
+installation.py imports CuPy, and everything else can be tested without a GPU.
 """
 
+import subprocess
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -11,8 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from refmodels.accelerator import AcceleratorError
 from refmodels.op import Array
-from refmodels_cupy.source import DIRECTORY, OPTIONS
+from refmodels.printing import byte_size, progress
+from refmodels_cupy.compiler import function
 
 Grid = tuple[int, int, int]
 
@@ -41,11 +46,17 @@ class Launch(NamedTuple):
 class Device(Protocol):
     """A device with its own memory and one queue of work."""
 
-    xp: Any
-    """NumPy, or a library like it, for arrays on the device."""
+    @property
+    def xp(self) -> Any:
+        """NumPy, or a library like it, for arrays on the device."""
 
-    name: str
-    multiprocessors: int
+    @property
+    def name(self) -> str:
+        """What its maker calls it."""
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many blocks can surely run at once."""
 
     def to_device(self, array: Array) -> Any:
         """A copy of a host array."""
@@ -73,18 +84,19 @@ class Device(Protocol):
 
 
 class Gpu:
-    """An NVIDIA GPU by its index."""
+    """An NVIDIA GPU by its index, with a memory pool and a stream of its own. `tf32` rounds what float32 products multiply.
 
-    def __init__(self, index: int = 0) -> None:
+    Several may be one GPU: each has its own queue and memory, and they share the compiled kernels. Threads may share one: what
+    they ask for goes into one queue, in the order in which they ask, so that another thread may use an array that one made.
+    Nothing waits for the GPU but `to_host`, `close`, and large uploads for the uploads before them.
+    """
+
+    def __init__(self, index: int = 0, *, tf32: bool = False) -> None:
+        self.xp: Any = Later()
         self.index = index
+        self.tf32 = tf32
         self._functions: dict[tuple[str, str], Any] = {}
-
-    @cached_property
-    def xp(self) -> Any:
-        """CuPy."""
-        import cupy
-
-        return cupy
+        self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
 
     @cached_property
     def _device(self) -> Any:
@@ -99,19 +111,84 @@ class Gpu:
         with self._device:
             return self.xp.cuda.Stream(non_blocking=True)
 
-    @property
+    @cached_property
+    def _staging(self) -> "Staging":
+        return Staging(self.xp.cuda)
+
+    @cached_property
     def name(self) -> str:
         """What the driver calls it."""
         return str(self.xp.cuda.runtime.getDeviceProperties(self.index)["name"].decode())
 
-    @property
+    @cached_property
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
         return int(self._device.attributes["MultiProcessorCount"])
 
+    def description(self) -> dict[str, str]:
+        """The GPU in words: its name as `device`, and whatever else decides how fast it is."""
+        properties, runtime = self.xp.cuda.runtime.getDeviceProperties(self.index), self.xp.cuda.runtime
+        return {
+            "device": self.name,
+            "memory": f"{properties['totalGlobalMem'] / 1e9:.1f} GB",
+            "compute capability": f"{properties['major']}.{properties['minor']}",
+            "multiprocessors": str(self.multiprocessors),
+            "driver": f"{_driver(self.index)}for CUDA {_version(runtime.driverGetVersion())}",
+            "CUDA runtime": _version(runtime.runtimeGetVersion()),
+            "cupy": str(self.xp.__version__),
+        }
+
+    def room(self) -> tuple[int, int]:
+        """Bytes of its memory that are free, the pool's among them, and all bytes."""
+        with self.working():
+            free, total = self.xp.cuda.runtime.memGetInfo()
+            return int(free + self._pool.free_bytes()), int(total)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Cheap inside another such block of the same thread. AcceleratorError when the memory does not suffice."""
+        outer = getattr(_current, "gpu", None)
+        if outer is self:
+            yield
+            return
+        with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
+            _current.gpu = self
+            try:
+                yield
+            except self.xp.cuda.memory.OutOfMemoryError as error:
+                raise AcceleratorError(self._exhausted(error)) from error
+            finally:
+                _current.gpu = outer
+
+    def _exhausted(self, error: Exception) -> str:
+        free, total = self.room()
+        return (
+            f"{self.name} has {byte_size(free)} of {byte_size(total)} free, which do not suffice: {error}; fewer rows at once, "
+            "shorter texts and weights of fewer bytes need less"
+        )
+
+    def close(self) -> None:
+        """Give back stream, memory and recordings when the queue is empty. Arrays that are still held keep theirs; what is
+        asked for afterwards gets a new stream and new memory."""
+        if "_stream" not in self.__dict__:
+            return
+        self._stream.synchronize()
+        for recording in list(self._recordings):
+            recording.close()
+        with self._device:
+            self._pool.free_all_blocks()
+        for own in ("_stream", "_pool", "_staging"):
+            self.__dict__.pop(own, None)
+
+    # -- arrays ---------------------------------------------------------------------------------------------------------------
+
     def to_device(self, array: Array) -> Any:
         with self.working():
-            return self.xp.asarray(array)
+            if not isinstance(array, np.ndarray) or array.nbytes < Staging.LEAST:
+                return self.xp.asarray(array)
+            held = self.xp.empty(array.shape, array.dtype)
+            self._staging.upload(np.ascontiguousarray(array), held.data, self._stream)
+            return held
 
     def to_host(self, array: Any) -> Array:
         with self.working():
@@ -122,44 +199,70 @@ class Gpu:
         with self.working():
             return self.xp.empty(shape, dtype)
 
+    # -- kernels --------------------------------------------------------------------------------------------------------------
+
     def launch(self, launch: Launch) -> None:
-        function = self._function(launch.file, launch.form)
-        if launch.shared > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = launch.shared
-        arguments = tuple(_passed(argument) for argument in launch.arguments)
         with self.working():
-            function(launch.grid, launch.block, arguments, shared_mem=launch.shared)
+            self._function(launch.file, launch.form)(
+                launch.grid, launch.block, tuple(map(_passed, launch.arguments)), shared_mem=launch.shared
+            )
+
+    def compile(self, forms: dict[str, list[str]], report: Callable[[str], None]) -> int:
+        """Compile every form, by its file, and say how far it is. Gives how many there are."""
+        every = [(file, form) for file, texts in forms.items() for form in texts]
+        for i, (file, form) in enumerate(every, start=1):
+            report(f"compiling {i}/{len(every)}: {file} {form}")
+            self._function(file, form)
+        return len(every)
 
     def _function(self, file: str, form: str) -> Any:
-        """A form of a kernel, compiled when it is first asked for; CuPy keeps the binary on disk."""
+        """A form of a kernel, compiled when it is first asked for."""
         key = (file, form)
         if key not in self._functions:
+            if not self._functions:
+                progress("making kernels ready: those not used before are compiled, and kept on disk")
             with self.working():
-                module = self.xp.RawModule(
-                    code=(DIRECTORY / file).read_text(),
-                    options=(*OPTIONS, f"-I{DIRECTORY}"),
-                    name_expressions=[form],
-                )
-                self._functions[key] = module.get_function(form)
+                self._functions[key] = function(self.xp, self.index, file, form)
         return self._functions[key]
 
-    def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
-        from cupy_backends.cuda.libs import cublas
+    def captured(self, launches: Sequence[Launch]) -> "Recording":
+        """Recorded on a stream of its own, so that what other threads put into the queue meanwhile is no part of it."""
+        for launch in launches:  # compiled before, as nothing else may happen during a capture
+            self._function(launch.file, launch.form)
+        with self.working():
+            stream = self.xp.cuda.Stream(non_blocking=True)
+            with stream:
+                stream.begin_capture(self.xp.cuda.runtime.streamCaptureModeRelaxed)  # other threads may allocate
+                try:
+                    for launch in launches:
+                        self.launch(launch)
+                finally:
+                    graph = stream.end_capture()
+            graph.upload(self._stream)
+        recording = Recording(self, graph, launches)
+        self._recordings.add(recording)
+        return recording
 
+    def play(self, graph: Any) -> None:
+        """Put a captured graph into the queue."""
+        with self.working():
+            graph.launch(self._stream)
+
+    # -- products -------------------------------------------------------------------------------------------------------------
+
+    def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
         (m, k), n = a.shape, b.shape[0 if transposed else 1]
         wide = {"float64": np.float64, "int8": np.int32}.get(a.dtype.name, np.float32)
         with self.working():
-            a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
-            c = self.xp.empty((m, n), wide)
             if 0 in (m, n, k):
                 return self.xp.zeros((m, n), wide)
-            one, zero = np.ones(1, np.dtype(wide)), np.zeros(1, np.dtype(wide))
-            codes = self._codes()
-            computes = {np.float64: cublas.CUBLAS_COMPUTE_64F, np.int32: cublas.CUBLAS_COMPUTE_32I}
-            compute = computes.get(wide, cublas.CUBLAS_COMPUTE_32F)
+            a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
+            c = self.xp.empty((m, n), wide)
+            one, zero = np.ones(1, wide), np.zeros(1, wide)
+            cublas, codes = self.xp.cuda.cublas, self._codes
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
-                self._device.cublas_handle,
+                self._device.cublas_handle,  # of this thread, on the stream in force
                 cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
                 cublas.CUBLAS_OP_N,
                 *(n, m, k),
@@ -168,11 +271,20 @@ class Gpu:
                 *(a.data.ptr, codes[a.dtype.name], k),
                 zero.ctypes.data,
                 *(c.data.ptr, codes[c.dtype.name], n),
-                compute,
+                self._arithmetic(a.dtype.name),
                 cublas.CUBLAS_GEMM_DEFAULT,
             )
         return c
 
+    def _arithmetic(self, dtype: str) -> int:
+        """What cuBLAS multiplies and sums in: float32 is true float32 unless `tf32` was asked for."""
+        cublas = self.xp.cuda.cublas
+        chosen = {"float64": cublas.CUBLAS_COMPUTE_64F, "int8": cublas.CUBLAS_COMPUTE_32I}
+        if self.tf32:
+            chosen["float32"] = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+        return int(chosen.get(dtype, cublas.CUBLAS_COMPUTE_32F))
+
+    @cached_property
     def _codes(self) -> dict[str, int]:
         runtime = self.xp.cuda.runtime
         return {
@@ -184,29 +296,81 @@ class Gpu:
             "int32": 10,  # CUDA_R_32I of CUDA's library_types.h, which CuPy does not name
         }
 
-    def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
-        for launch in launches:  # compiled before, as nothing else may happen during a capture
-            self._function(launch.file, launch.form)
-        with self.working():
-            self._stream.begin_capture()
-            try:
-                for launch in launches:
-                    self.launch(launch)
-            finally:
-                graph = self._stream.end_capture()
 
-        def play() -> None:
-            with self._device:
-                graph.launch(self._stream)
+class Later:
+    """CuPy, imported when something of it is first used: kernels are registered where there is none, too."""
 
-        return play
+    def __getattr__(self, name: str) -> Any:
+        import cupy
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
-            yield
+        found = getattr(cupy, name)
+        setattr(self, name, found)  # so that this is asked once for each name
+        return found
+
+
+class Recording:
+    """A captured graph: calling it puts all its launches into the queue. It holds the arrays that they read and write."""
+
+    def __init__(self, gpu: Gpu, graph: Any, launches: Sequence[Launch]) -> None:
+        self._gpu, self._graph, self._launches = gpu, graph, launches
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            raise AcceleratorError("the accelerator was closed, and with it what was recorded: load the model again")
+        self._gpu.play(self._graph)
+
+    def close(self) -> None:
+        """Give back the graph and the arrays."""
+        self._graph, self._launches = None, ()
+
+
+class Staging:
+    """Two pieces of page-locked host memory, through which large arrays go to the GPU: one is filled while the other is copied.
+
+    From pageable memory the driver copies at a fraction of the speed, and page-locking a whole array costs more than its copy.
+    """
+
+    PIECE = 16 * 2**20
+    LEAST = 2**18
+    """Bytes of a piece, and of the smallest array for which it pays to wait for one."""
+
+    def __init__(self, cuda: Any) -> None:
+        memory = [cuda.alloc_pinned_memory(self.PIECE) for _ in range(2)]
+        self._pieces = [(int(at), np.frombuffer(at, np.uint8, self.PIECE), cuda.Event(disable_timing=True)) for at in memory]
+        self._lock = threading.Lock()
+
+    def upload(self, array: Array, place: Any, stream: Any) -> None:
+        """Put copies of a contiguous array's bytes to an address on the device into the queue. The array is free on return."""
+        values = array.reshape(-1).view(np.uint8)
+        with self._lock:
+            for start in range(0, values.size, self.PIECE):
+                address, room, copied = self._pieces[0]
+                self._pieces.reverse()
+                part = values[start : start + self.PIECE]
+                copied.synchronize()  # what the piece held before
+                room[: part.size] = part
+                (place + start).copy_from_host_async(address, part.size, stream)
+                copied.record(stream)
+
+
+_current = threading.local()
+"""`gpu` is the one that this thread works on, inside `working`."""
 
 
 def _passed(argument: Any) -> Any:
-    """An argument as CuPy takes it."""
-    return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument
+    """An argument as CuPy takes it; None is a null address."""
+    return argument.array if isinstance(argument, Strided) else argument
+
+
+def _version(number: int) -> str:
+    """CUDA's 13010 is 13.1."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver(index: int) -> str:
+    """The driver's own number and a comma, if nvidia-smi is there to ask."""
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return f"{subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()}, "
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -8,15 +8,23 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import linear as ops
 from refmodels.ops.precision import numpy_dtype
-from refmodels_cupy.device import Device, Launch
+from refmodels_cupy.device import Device, Grid, Launch
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix, matrix
 
-FEW = 16
-"""Rows up to which the weights are read by matvec.cu."""
+MOST = 64
+"""Rows up to which the weights are read as they are stored, by launches that a graph may hold."""
 
 OUTPUTS = {1: 1, 2: 1, 4: 2, 8: 4}
-"""Rows of x that one warp takes -> outputs that it makes of them, so that the rows are read from the cache less often."""
+"""Rows of x that one warp of matvec.cu takes -> outputs that it makes of them, so that the rows are read from the cache less
+often."""
+
+TILES = ((8, 16), (32, 32), (64, 16), (64, 32))
+"""Rows and outputs of a block of matmul_few.cu. The last has no registers left for int4 weights, whose groups have
+sums of their own."""
+
+QUEUE = 64 * 1024
+"""Bytes of weights that such a block has under way, in shared memory, where its sums have a place beside them."""
 
 WARPS = 8
 EPILOGUE_THREADS = 256
@@ -28,10 +36,20 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
 ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_approximate": 3, "silu": 4}
 
 HALVES = ("float16", "bfloat16")
-WEIGHTS = {x: (x, "float32", "int8", "int4x2") for x in HALVES} | {"float32": ("float32", *HALVES, "int8", "int4x2")}
-"""Type of the rows -> types of weights that they are multiplied by. Rows of another type are widened to float32."""
+OPERANDS = {x: (x, "int8", "int4x2") for x in HALVES} | {"int8": ("int8",)}
+"""Type of the rows -> types of weights that the tensor cores multiply them by, each exactly as it is stored."""
+
+WEIGHTS = dict.fromkeys(HALVES, ("float32", "int4x2")) | {"float32": ("float32", *HALVES, "int8", "int4x2")}
+"""The same of matvec.cu. Rows for which there is neither are widened to float32."""
+
+
+def tiles(weights: str) -> tuple[tuple[int, int], ...]:
+    """Those of `TILES` that there are for this type of weights."""
+    return TILES[:-1] if weights == "int4x2" else TILES
+
 
 FORMS = [
+    *(("matmul_few.cu", form("matmul_few", *tile, x, w)) for x in OPERANDS for w in OPERANDS[x] for tile in tiles(w)),
     *(
         ("matvec.cu", form("matvec", rows, outputs, x, w))
         for rows, outputs in OUTPUTS.items()
@@ -43,10 +61,25 @@ FORMS = [
 ]
 
 
-def tiling(rows: int, n: int) -> tuple[int, int, tuple[int, int, int]]:
-    """Rows and outputs of a warp, and blocks, for so many rows and outputs in all."""
+def vector_tile(rows: int, n: int) -> tuple[int, int, Grid]:
+    """Rows and outputs of a warp of matvec.cu, and blocks, for so many rows and outputs in all."""
     each = next((count for count in OUTPUTS if count >= rows), max(OUTPUTS))
     return each, OUTPUTS[each], (-(-n // (WARPS * OUTPUTS[each])) * -(-rows // each), 1, 1)
+
+
+def tensor_tile(rows: int, n: int, weights: str, multiprocessors: int) -> tuple[int, int, Grid]:
+    """Rows and outputs of a block of matmul_few.cu, and blocks: with more outputs x is read less often, but three in four
+    multiprocessors are to have a block."""
+    fitting = [tile for tile in tiles(weights) if tile[0] >= rows]
+    wide = max((tile for tile in fitting if tile[0] == fitting[0][0]), key=lambda tile: tile[1])
+    if 4 * -(-n // wide[1]) < 3 * multiprocessors:
+        wide = min(fitting, key=lambda tile: tile[1])
+    return *wide, (-(-n // wide[1]), 1, 1)
+
+
+def by_tensor_cores(x: Any, w: Matrix) -> bool:
+    """Whether matmul_few.cu multiplies them: of int4 weights it takes 128 inputs at a time, which are to be in one group."""
+    return stored(w) in OPERANDS.get(x.dtype.name, ()) and (w.kind != "int4" or w.block % 128 == 0 or w.scale.shape[1] == 1)
 
 
 class Products:
@@ -73,35 +106,50 @@ class Products:
             return y
         flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
-        if rows <= FEW:
-            self._few(flat, w, y, bias, scale, factor)
-        else:
+        if rows > MOST:
             self._many(flat, w, y, bias, scale, factor)
+            return y
+        if not by_tensor_cores(flat, w) and stored(w) not in WEIGHTS[flat.dtype.name]:
+            flat = flat.astype(np.float32)
+        self.fused(self.filled(flat, w.pitch), w, y, bias=bias, scale=scale, factor=factor)
         return y
 
-    def _few(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
-        rows, stored = len(x), "int4x2" if w.kind == "int4" else w.kind
-        if stored not in WEIGHTS[x.dtype.name]:
-            x = x.astype(np.float32)
-        each, outputs, blocks = tiling(rows, w.n)
-        scales = (w.scale, w.zero) if w.kind == "int4" else (scale, None)
-        gate, residual = (None, None, None), None
+    def fused(
+        self,
+        x: Any,
+        w: Matrix,
+        y: Any,
+        *,
+        row_scale: Any = None,
+        bias: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        gate: Matrix | None = None,
+        gate_scale: Any = None,
+        residual: Any = None,
+    ) -> None:
+        """y = residual + activation(factor * (x @ w) / scale + bias) * (x @ gate / gate_scale), rounded once: only launches.
+
+        x [rows, pitch of w], at most `MOST` rows, with zeros behind the inputs, of a type in `WEIGHTS` or `OPERANDS`; of int8
+        with their row_scale [rows], which divides as well. y [rows, n] of any float type, residual like y. scale, gate_scale
+        [n] are int8 weights'; gate is stored as w is. All are contiguous, and scales float32.
+        """
+        rows = len(x)
+        parts = (w.rows, *scales(w, scale), *((gate.rows, *scales(gate, gate_scale)) if gate else (None, None, None)))
+        finish = (*typed(bias), residual, *typed(y))
         groups = w.scale.shape[1] if w.kind == "int4" else 0
-        sizes = (np.int32(number) for number in (rows, w.n, w.pitch, w.block, groups))
-        arguments = (
-            self.filled(x, w.pitch),
-            w.rows,
-            *scales,
-            *gate,
-            *typed(bias),
-            residual,
-            *typed(y),
-            *sizes,
-            np.float32(factor),
-            np.int32(0),
-        )
-        launched = form("matvec", each, outputs, x.dtype.name, stored)
-        self.device.launch(Launch("matvec.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
+        sizes = (np.int32(size) for size in (rows, w.n, w.pitch, w.block, groups))
+        numbers = (*sizes, np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        if by_tensor_cores(x, w):
+            each, outputs, blocks = tensor_tile(rows, w.n, stored(w), self.device.multiprocessors)
+            launched, shared = form("matmul_few", each, outputs, x.dtype.name, stored(w)), QUEUE + 4 * each * outputs
+            file, arguments = "matmul_few.cu", (x, row_scale, *parts, *finish, *numbers)
+        else:
+            each, outputs, blocks = vector_tile(rows, w.n)
+            launched, shared = form("matvec", each, outputs, x.dtype.name, stored(w)), 0
+            file, arguments = "matvec.cu", (x, *parts, *finish, *numbers)
+        self.device.launch(Launch(file, launched, blocks, (WARPS * 32, 1, 1), arguments, shared))
 
     def _many(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
         # int8 numbers are exact in half precision, what int4 numbers stand for is not
@@ -122,28 +170,56 @@ class Products:
         return filled
 
     def finish(
-        self, sums: Any, y: Any, *, bias: Any = None, row_scale: Any = None, scale: Any = None, factor: float = 1.0
+        self,
+        sums: Any,
+        y: Any,
+        *,
+        bias: Any = None,
+        row_scale: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        residual: Any = None,
     ) -> None:
-        """y = factor * sums / (row_scale * scale) + bias, rounded to y's type."""
+        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which is residual's."""
         rows, n = sums.shape
-        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(0))
-        arguments = (sums, row_scale, scale, *typed(bias), None, *typed(y), *sizes)
+        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        arguments = (sums, row_scale, scale, *typed(bias), residual, *typed(y), *sizes)
         blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
         launched = form("epilogue", sums.dtype.name)
         self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
 
-    def rows(self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None) -> Any:
-        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's."""
+    def rows(
+        self, ids: Any, table: Matrix, dtype: str | None, *, scale: Any = None, position_ids: Any = None, positions: Any = None
+    ) -> Any:
+        """Rows of a table by their numbers, in `dtype` or the table's. `scale` is an int8 table's.
+
+        With `position_ids`, like ids, rows of the table `positions` [count, k] are added.
+        """
         y = self.device.empty((*ids.shape, table.k), numpy_dtype(dtype) if dtype else table.dtype)
         if y.size:
-            scales = (table.scale, table.zero) if table.kind == "int4" else (self.flat(scale), None)
-            no_positions = (None, None, np.int32(0), np.int32(0))
+            added = (self.flat(position_ids), *typed(positions), np.int32(0 if positions is None else len(positions)))
             sizes = (np.int32(number) for number in (table.n, table.k, table.pitch, table.block))
-            arguments = (self.flat(ids), table.rows, *scales, *no_positions, *typed(y), *sizes)
-            launched = form("embedding", ids.dtype.name, "int4x2" if table.kind == "int4" else table.kind)
+            arguments = (self.flat(ids), table.rows, *scales(table, self.flat(scale)), *added, *typed(y), *sizes)
+            launched = form("embedding", ids.dtype.name, stored(table))
             blocks = (math.prod(ids.shape), 1, 1)
             self.device.launch(Launch("embedding.cu", launched, blocks, (EMBEDDING_THREADS, 1, 1), arguments))
         return y
+
+
+def stored(w: Matrix) -> str:
+    """The type of a matrix' elements in the kernels."""
+    return "int4x2" if w.kind == "int4" else w.kind
+
+
+def scales(w: Matrix, scale: Any) -> tuple[Any, Any]:
+    """What turns the numbers of a matrix into weights, scale and zero: int4 has its own, int8 a scale beside it."""
+    return (w.scale, w.zero) if w.kind == "int4" else (scale, None)
+
+
+def as_it_is(table: Any) -> Matrix:
+    """A table, contiguous, that only rows are taken of: nothing of it is moved."""
+    return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
 
 
 def typed(array: Any) -> tuple[Any, Any]:
@@ -173,12 +249,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     @accelerator.kernel(ops.embedding, when=narrow_types)
     def embedding(ids: Any, embeddings: Any, *, dtype: str | None = None) -> Any:
-        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else _as_it_is(embeddings), dtype)
-
-    def _as_it_is(table: Any) -> Matrix:
-        """A table that only rows are taken of: nothing of it is moved."""
-        table = xp.ascontiguousarray(table)
-        return Matrix(table.shape, table.dtype, table.dtype.name, table, table.shape[1], len(table), True)
+        return product.rows(ids, embeddings if isinstance(embeddings, Matrix) else as_it_is(product.flat(embeddings)), dtype)
 
     @accelerator.kernel(ops.last_rows)
     def last_rows(x: Any, lengths: Any = None) -> Any:

@@ -10,7 +10,7 @@ from refmodels.ops import quantize as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy import weights
 from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.linear import FEW, OUTPUTS, WARPS, Products, narrow_types, tiling, typed
+from refmodels_cupy.linear import MOST, Products, narrow_types
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix
 
@@ -18,8 +18,7 @@ THREADS = (256, 1, 1)
 FLOATS = ("float32", "float16", "bfloat16")
 
 FORMS = [
-    *(("quantize.cu", form(kernel, x)) for kernel in ("row_scale", "quantize_rows") for x in FLOATS),
-    *(("matvec_int8.cu", form("matvec_int8", rows, outputs)) for rows, outputs in OUTPUTS.items()),
+    *(("quantize.cu", form(kernel, x)) for kernel in ("row_scale", "quantize_rows", "rows_to_int8") for x in FLOATS),
 ]
 
 LONGEST = (2**31 - 1) // 128**2
@@ -32,6 +31,14 @@ def fits_int32(values: Any, *arrays: Any, dtype: str, **named: Any) -> bool | st
     return (
         narrow_types(*arrays, dtype=dtype, **named) if size <= LONGEST else f"rows of {size}: sums that may not fit into int32"
     )
+
+
+def rows_to_int8(device: Device, x: Any, scale: Any, values: Any) -> None:
+    """`ops.row_scale` and `ops.quantize_rows` of x [rows, k] in one launch: into scale [rows], and values [rows, pitch] with
+    zeros from k on."""
+    (rows, k), pitch = x.shape, values.shape[1]
+    launched = form("rows_to_int8", x.dtype.name)
+    device.launch(Launch("quantize.cu", launched, (rows, 1, 1), THREADS, (x, scale, values, np.int32(k), np.int32(pitch))))
 
 
 def register(accelerator: Accelerator, device: Device) -> None:
@@ -60,14 +67,10 @@ def register(accelerator: Accelerator, device: Device) -> None:
             return y
         flat, bias = product.flat(values).reshape(rows, w.k), product.flat(bias)
         scales = [product.flat(part.astype(np.float32, copy=False)) for part in (row_scale, scale)]
-        if rows > FEW:
+        if rows > MOST:
             product.finish(product.sums(flat, w.rows), y, bias=bias, row_scale=scales[0], scale=scales[1])
-            return y
-        each, outputs, blocks = tiling(rows, w.n)
-        sizes = (np.int32(number) for number in (rows, w.n, w.pitch))
-        arguments = (product.filled(flat, w.pitch), w.rows, *scales, *typed(bias), *typed(y), *sizes)
-        launched = form("matvec_int8", each, outputs)
-        device.launch(Launch("matvec_int8.cu", launched, blocks, (WARPS * 32, 1, 1), arguments))
+        else:
+            product.fused(product.filled(flat, w.pitch), w, y, row_scale=scales[0], scale=scales[1], bias=bias)
         return y
 
     @accelerator.kernel(ops.linear_int8, when=fits_int32)

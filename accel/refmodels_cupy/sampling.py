@@ -1,4 +1,4 @@
-"""From scores to the next token, in array functions that CuPy has as NumPy does: the scores stay on the device."""
+"""From scores to the next token. What is chosen in every step has kernels that need no sorting; the rest is array functions."""
 
 from typing import Any
 
@@ -6,7 +6,93 @@ import numpy as np
 
 from refmodels.accelerator import Accelerator
 from refmodels.ops import sampling as ops
-from refmodels_cupy.device import Device
+from refmodels_cupy.device import Device, Launch
+from refmodels_cupy.linear import narrow_types
+from refmodels_cupy.source import form
+
+THREADS = (256, 1, 1)
+PART = 2048
+"""Tokens of a row that one block takes."""
+
+DIGIT = 10
+"""Bits of a place that are searched for by one launch."""
+
+SUMS, SEARCHES = 3 * 2**DIGIT, 2 * 3
+"""What a row's scratch memory holds besides the best place of each part: numbers of 8 bytes."""
+
+SCORE_BITS = {"float32": 32, "float16": 19, "bfloat16": 16}
+CHOICES = {"top_k": 0, "top_p": 1, "draw": 2, "none": 3}
+
+FORMS = [
+    *(("sampling.cu", form(kernel, logits)) for kernel in ("best_of_parts", "search") for logits in SCORE_BITS),
+    ("sampling.cu", "best_of_rows"),
+]
+
+
+def scratch(device: Device, b: int, v: int) -> Any:
+    """Memory for `sample` and `greedy` of b rows of v scores: what is in it before and after is of no account."""
+    return device.empty((b, SUMS + SEARCHES + _parts(v)), np.uint64)
+
+
+def greedy(device: Device, logits: Any, tokens: Any) -> None:
+    """tokens[i] = the token with the highest of the scores logits[i], of equal ones the first; NaN is the highest.
+
+    logits [b, v] in float32, float16 or bfloat16, tokens [b] in int64, all contiguous on the device. Two launches.
+    """
+    (b, v), memory = logits.shape, scratch(device, *logits.shape)
+    _best_of_parts(device, logits, memory, nan_first=True)
+    arguments = (memory, tokens, np.int32(v), np.int32(_id_bits(v)))
+    device.launch(Launch("sampling.cu", "best_of_rows", (b, 1, 1), THREADS, arguments))
+
+
+def sample(
+    device: Device,
+    logits: Any,
+    uniform: Any,
+    step: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    tokens: Any,
+    memory: Any,
+) -> None:
+    """tokens[i] = a draw from the scores logits[i] at the point uniform[step, i], as the op `sample_token` says.
+
+    logits [b, v] in float32, float16 or bfloat16; uniform [count, b] in float64, of which row step[0] (int32) is used, or row 0
+    if `step` is None; temperature, top_p and min_p [b] in float64 and top_k [b] in int64, each of which may be None; tokens [b]
+    in int64; `memory` from `scratch`. All contiguous on the device, and only looked at there: a graph of these
+    launches draws anew each time it is played. A row with temperature 0 is given its best token; NaN is never drawn.
+
+    With float32 scores and a vocabulary of up to 2**18 tokens there are 5 launches for each of top_k, top_p and the draw, and 2
+    more; with bfloat16 there are 4 for each.
+    """
+    (b, v), id_bits = logits.shape, _id_bits(logits.shape[1])
+    levels = -(-(SCORE_BITS[logits.dtype.name] + id_bits) // DIGIT)
+    choices = [name for name, given in (("top_k", top_k), ("top_p", top_p), ("draw", uniform)) if given is not None]
+    turns = [(choice, level) for choice in choices for level in range(levels)]
+    _best_of_parts(device, logits, memory, nan_first=False)
+    for turn, (choice, level) in enumerate([*turns, ("none", 0)]):
+        blocks = (1 if choice == "none" else _parts(v), b, 1)
+        settings = (uniform, step, temperature, top_k, top_p, min_p)
+        numbers = (np.int32(number) for number in (v, id_bits, turn, CHOICES[choice], level, levels))
+        arguments = (logits, *settings, tokens, memory, *numbers)
+        device.launch(Launch("sampling.cu", form("search", logits.dtype.name), blocks, THREADS, arguments))
+
+
+def _best_of_parts(device: Device, logits: Any, memory: Any, *, nan_first: bool) -> None:
+    b, v = logits.shape
+    arguments = (logits, memory, np.int32(v), np.int32(_id_bits(v)), np.int32(nan_first))
+    launched = form("best_of_parts", logits.dtype.name)
+    device.launch(Launch("sampling.cu", launched, (_parts(v), b, 1), THREADS, arguments))
+
+
+def _parts(v: int) -> int:
+    return -(-v // PART)
+
+
+def _id_bits(v: int) -> int:
+    return (v - 1).bit_length()
 
 
 def register(accelerator: Accelerator, device: Device) -> None:
@@ -57,31 +143,26 @@ def register(accelerator: Accelerator, device: Device) -> None:
     def token_log_probs(logits: Any, token_ids: Any) -> Any:
         return xp.take_along_axis(log_softmax(logits), token_ids[..., None], -1)[..., 0]
 
-    @accelerator.kernel(ops.greedy_token)
+    @accelerator.kernel(ops.greedy_token, when=narrow_types)
     def greedy_token(logits: Any) -> Any:
-        return wide(logits).argmax(-1)
+        tokens = device.empty(logits.shape[:1], np.int64)
+        if tokens.size:
+            greedy(device, xp.ascontiguousarray(logits), tokens)
+        return tokens
 
-    @accelerator.kernel(ops.sample_token)
+    @accelerator.kernel(ops.sample_token, when=_narrow_scores)
     def sample_token(
         logits: Any, uniform: Any, *, temperature: Any = None, top_k: Any = None, top_p: Any = None, min_p: Any = None
     ) -> Any:
-        order = best_first(wide(logits))
-        ranked = xp.take_along_axis(wide(logits), order, -1)
-        below = (ranked - ranked[:, :1]).astype(np.float64)
-        relative = xp.exp(below if temperature is None else below / temperature[:, None])
-        kept = relative  # nothing is cut off the row, so that its sums are the same bits whatever other rows ask for
-        if top_k is not None:
-            kept = xp.where(xp.arange(kept.shape[1]) < top_k[:, None], kept, np.float64(0))
-        if top_p is not None:
-            probability = kept / kept.sum(-1, keepdims=True)
-            before = xp.cumsum(probability, -1) - probability
-            kept = xp.where(before <= top_p[:, None], kept, np.float64(0))
-        if min_p is not None:
-            kept = xp.where(relative >= min_p[:, None], kept, np.float64(0))
-        cumulative = xp.cumsum(kept, -1)
-        place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
-        last = (kept > 0).sum(-1) - 1  # rounding may put the point behind the last kept token
-        return xp.take_along_axis(order, xp.minimum(place, last)[:, None], -1)[:, 0]
+        def settings(values: Any, dtype: Any = np.float64) -> Any:
+            return None if values is None else xp.ascontiguousarray(values.astype(dtype, copy=False))
+
+        tokens = device.empty(logits.shape[:1], np.int64)
+        if tokens.size:
+            given = (settings(temperature), settings(top_k, np.int64), settings(top_p), settings(min_p))
+            rows = (xp.ascontiguousarray(logits), settings(uniform), None)
+            sample(device, *rows, *given, tokens, scratch(device, *logits.shape))
+        return tokens
 
     @accelerator.kernel(ops.beam_candidates)
     def beam_candidates(log_probabilities: Any, scores: Any, count: int) -> tuple[Any, Any, Any]:
@@ -102,3 +183,8 @@ def register(accelerator: Accelerator, device: Device) -> None:
         cosine = device.product(candidates, past, transposed=True) / xp.where(lengths > 0, lengths, np.float64(1))
         score = (1.0 - alpha) * probabilities - alpha * cosine.max(-1)
         return xp.where(probabilities > 0, score, -np.inf).argmax(-1)
+
+
+def _narrow_scores(logits: Any, *_: Any, **__: Any) -> bool | str:
+    """scores in float32 and narrower"""
+    return narrow_types(logits)

@@ -304,13 +304,12 @@ def subjects(accelerator: Accelerator, names: Iterable[str] = ()) -> list[Subjec
     runs = {entry.op.name: entry.runs for entry in coverage(accelerator)}
     cost = dict.fromkeys(models.BUILDERS, 4)
     found = [Subject(op.name, runs[op.name], _maker(op), _is_typed(op), cost.get(op.name, 1)) for op in table()]
-    found += [Subject(name, LAW, make, cost=4) for name, make in model_laws.LAWS.items()]
+    laws = {name: make for name, make in model_laws.LAWS.items() if accelerator.ahead > 1 or not name.endswith("/ahead")}
+    found += [Subject(name, LAW, make, cost=4) for name, make in laws.items()]
     wanted = list(names)
     for name in wanted:
         if not any(fnmatchcase(subject.name, name) for subject in found):
-            raise ValueError(
-                f"no op or law is named {name!r}: `refmodels ops` lists the ops; laws are {', '.join(model_laws.LAWS)}"
-            )
+            raise ValueError(f"no op or law is named {name!r}: `refmodels ops` lists the ops; laws are {', '.join(laws)}")
     return [subject for subject in found if not wanted or any(fnmatchcase(subject.name, name) for name in wanted)]
 
 

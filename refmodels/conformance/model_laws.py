@@ -6,6 +6,7 @@
     batch      a batch gives what its rows give alone
     decode     ragged prompts, then token after token with the cache, give the scores of the whole sequences
     heads      permuted heads give the same (OPT, T5)
+    ahead      tokens that are chosen ahead are those that step after step leads to (accelerators that choose ahead)
 
 The accelerator takes the second way; truth is the reference's first way in float64. An accelerator that claims that a row's
 result does not depend on its batch, padding and chunks is held to the same bits in its own two ways.
@@ -20,9 +21,11 @@ from refmodels.conformance.case import Case, Environment, Inputs, Script
 from refmodels.conformance.cases import finish
 from refmodels.conformance.drawing import Draw, Source
 from refmodels.conformance.models import draw_model
-from refmodels.op import OPS, Array
+from refmodels.numerics import UNIT_ROUNDOFF
+from refmodels.op import OPS, Array, executing
 from refmodels.ops.cache import key_value_cache
 from refmodels.ops.precision import compute_dtype
+from refmodels.ops.sampling import sample_token
 
 Make = Callable[[Source, str, tuple[int, ...]], Case]
 
@@ -167,6 +170,60 @@ def sequences(inputs: Inputs, env: Environment) -> Any:
     return np.stack(found)
 
 
+def ahead(inputs: Inputs, env: Environment) -> Any:
+    """Tokens chosen ahead in two goes, and for each whether the accelerator's own steps lead to it: (b, count)."""
+    model, lengths, left, goes = Running(inputs, env), inputs["real"].sum(1), inputs["remaining"], inputs["goes"]
+    put, accelerator, uniform = env.array, env.accelerator, inputs["uniform"]
+    assert accelerator is not None
+    cache = _prompted(model)
+    tokens, places, found = inputs["filler"][:, 0], lengths, [inputs["filler"][:, :1]]
+    for begin, end in zip([0, *goes], goes, strict=False):
+        choice = {} if uniform is None else {"uniform": put(uniform[begin:end]), "temperature": put(inputs["temperature"])}
+        got = accelerator.decode_tokens(
+            model.op("decode_step"), put(tokens), put(places), put(np.maximum(left - begin, 0)), model.params, cache,
+            model.config, count=end - begin, **choice,
+        )  # fmt: skip
+        if got is None:
+            return every_token(inputs, env)
+        env.kernel_calls += 1
+        found.append(env.host(got))
+        tokens, places = found[-1][:, -1], lengths + np.minimum(end, left)
+    cache, chosen, right = _prompted(model), np.concatenate(found, 1), every_token(inputs, env)
+    for i in range(goes[-1]):
+        token, one = put(chosen[:, i : i + 1]), put(np.ones((len(chosen), 1), bool))
+        places = put(lengths + np.minimum(i, left))
+        scores = env.host(model.op("decode_step")(token, one, places, model.params, cache, model.config))
+        draws = None if uniform is None else uniform[i]
+        right[:, i] = (i >= left) | _may_follow(scores, chosen[:, i + 1], draws, inputs["temperature"])
+    return right
+
+
+def _prompted(model: Running) -> Any:
+    """A cache that holds the prompts, with room for what each row has left."""
+    inputs, put, lengths = model.inputs, model.env.array, model.inputs["real"].sum(1)
+    cache = model.cache(max(inputs["ids"].shape[1], int((lengths + inputs["remaining"]).max()) + 1))
+    prompt = put(inputs["ids"]), put(inputs["real"]), put(lengths)
+    model.op("prefill")(*prompt, model.params, cache, model.config, start=put(np.zeros(len(lengths), np.int64)))
+    return cache
+
+
+def _may_follow(scores: Array, tokens: Array, uniform: Array | None, temperature: Array) -> Array:
+    """Whether each token is what its row's scores lead to, if they may be off by some roundings: two kernels made them."""
+    wide = scores.astype(np.float64)
+    off = 32 * UNIT_ROUNDOFF[scores.dtype.name] * (1.0 + np.abs(wide).max(-1))
+    if uniform is None:
+        return np.asarray(wide.max(-1) - wide[np.arange(len(tokens)), tokens] <= off)
+    near = off / temperature
+    moved = (np.clip(uniform + by * near, 0.0, 1.0 - 2.0**-53) for by in (-1, 0, 1))
+    with executing(None):
+        return np.any([sample_token(wide, u, temperature=temperature) == tokens for u in moved], 0)
+
+
+def every_token(inputs: Inputs, _: Environment) -> Any:
+    """The first way of `ahead`: (b, count) of true."""
+    return np.ones((len(inputs["ids"]), inputs["goes"][-1]), bool)
+
+
 def heads(inputs: Inputs, env: Environment) -> Any:
     """The heads of every layer in another order."""
     config = inputs["config"]
@@ -214,6 +271,10 @@ def _inputs(draw: Draw, family: str, *, plain: bool) -> Inputs:
         "order": draw.rng.permutation(model.config.num_heads),
         "source": draw.ints(b, s, high=v),
         "source_real": np.arange(s) < draw.rng.integers(1, s + 1, b)[:, None],
+        "goes": (goes := [draw.below(4) + 1, draw.below(4) + 5]),
+        "remaining": draw.rng.integers(1, goes[-1] + 1, b),
+        "uniform": draw.rng.random((goes[-1], b)) if draw.below(2) else None,
+        "temperature": draw.rng.uniform(0.5, 2.0, b),
     }
 
 
@@ -221,7 +282,7 @@ def _law(family: str, way: Script, first: Script, *, plain: bool = False) -> Mak
     def make(source: Source, dtype: str, tiles: tuple[int, ...]) -> Case:
         draw = Draw(source, dtype, tiles)
         inputs = _inputs(draw, family, plain=plain)
-        kind = {"decode": "decode_step"}.get(way.__name__, "backbone")
+        kind = {"decode": "decode_step", "ahead": "decode_step"}.get(way.__name__, "backbone")
         case = Case(OPS[f"{family}_{kind}"], inputs, way, dtype, other_way=first, reordered=way is heads)
         finish(case, draw)
         case.thorough = case.threaded = False
@@ -237,6 +298,7 @@ WAYS: dict[str, tuple[Script, Script]] = {
     "batch": (batch, whole),
     "decode": (decode, sequences),
     "heads": (heads, whole),
+    "ahead": (ahead, every_token),
 }
 
 LAWS: dict[str, Make] = {

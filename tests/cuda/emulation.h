@@ -188,6 +188,7 @@ inline T atomicAdd(T* p, T by) {
     *p = old + by;
     return old;
 }
+inline void __threadfence() {}  // blocks run one after the other
 inline float __int_as_float(int x) {
     float y;
     std::memcpy(&y, &x, 4);

@@ -29,6 +29,11 @@ struct bf16 {
     uint16_t bits;
 };
 
+// Two int4 numbers: the even one in the low four bits, the odd one in the high four.
+struct int4x2 {
+    uint8_t pair;
+};
+
 __device__ __forceinline__ float widen(float x) { return x; }
 
 __device__ __forceinline__ float widen(bf16 x) {
@@ -99,6 +104,27 @@ __device__ __forceinline__ uint32_t pair<bf16>(float low, float high) {
 }
 #endif
 
+// Two halves less two halves, each rounded.
+template <class T>
+__device__ __forceinline__ uint32_t difference(uint32_t a, uint32_t b) {
+    auto low = [](uint32_t x) { return widen(T{uint16_t(x)}); };
+    return pair<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
+}
+#ifndef EMULATED  // in one instruction; of bf16 as b * -1 + a, since sm_80 has no other
+template <>
+__device__ __forceinline__ uint32_t difference<f16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t difference<bf16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return y;
+}
+#endif
+
 // 2**x, within 2 units in the last place; 0 for -inf and wherever the result is no normal number
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef EMULATED
@@ -129,6 +155,13 @@ __device__ __forceinline__ void store(void* p, int type, int64_t i, float x) {
         static_cast<float*>(p)[i] = x;
 }
 
+// x as it would be read again
+__device__ __forceinline__ float rounded(int type, float x) {
+    if (type == FLOAT16) return widen(narrow<f16>(x));
+    if (type == BFLOAT16) return widen(narrow<bf16>(x));
+    return x;
+}
+
 // -- what is done to each value -----------------------------------------------------------------------------------------------
 
 enum Activation { LINEAR, RELU, GELU, GELU_APPROXIMATE, SILU };
@@ -143,6 +176,46 @@ __device__ __forceinline__ float activated(int activation, float x) {
     if (activation == SILU) return x / (1.0f + expf(-x));
     return x;
 }
+
+// -- 16 bytes at once, from an address that is a multiple of 16 ----------------------------------------------------------------
+
+// What is read once and then no more, as weights are: the first cache is left to others.
+__device__ __forceinline__ uint4 streamed(const void* p) {
+#ifdef EMULATED
+    return *static_cast<const uint4*>(p);
+#else
+    uint4 y;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w) : "l"(p));
+    return y;
+#endif
+}
+
+// -- what becomes of a layer's sums of products -------------------------------------------------------------------------------
+
+// A sum over what its numbers were multiplied by when they became int8. A null scale is 1; row_scale comes with a scale only.
+__device__ __forceinline__ float rescaled(float sum, const float* row_scale, int row, const float* scale, int64_t column) {
+    if (row_scale) return sum / (row_scale[row] * scale[column]);
+    return scale ? sum / scale[column] : sum;
+}
+
+// What follows, and where the results go: bias and residual may be null, residual and y [rows, n] are of one type.
+struct Finish {
+    const void* bias;
+    int bias_type;
+    const void* residual;
+    void* y;
+    int y_type, n;
+    float factor;
+    int activation;
+
+    // y = residual + activation(factor * sum + bias) * gate, rounded once
+    __device__ __forceinline__ void operator()(int row, int64_t column, float sum, float gate = 1.0f) const {
+        int64_t place = int64_t(row) * n + column;
+        float value = factor * sum;
+        value = activated(activation, bias ? value + stored(bias, bias_type, column) : value) * gate;
+        store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
+    }
+};
 
 // -- eight values at once, from an address that is a multiple of 16 ------------------------------------------------------------
 
@@ -159,14 +232,40 @@ __device__ __forceinline__ void eight(const T* p, float (&out)[8]) {
     for (int i = 0; i < 8; ++i) out[i] = widen(T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))});
 }
 
-// sum + the four products of the int8 numbers in a and b
-__device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
-#ifdef EMULATED
-    for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> (8 * i))) * int8_t(b >> (8 * i));
-    return sum;
-#else
-    return __dp4a(int(a), int(b), sum);
-#endif
+__device__ __forceinline__ void store_eight(float* p, const float (&x)[8]) {
+    *reinterpret_cast<float4*>(p) = {x[0], x[1], x[2], x[3]};
+    *reinterpret_cast<float4*>(p + 4) = {x[4], x[5], x[6], x[7]};
+}
+
+template <class T>
+__device__ __forceinline__ void store_eight(T* p, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(p) = {pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7])};
+}
+
+// Values i to i + 7 of an array whose type is known when it is launched, the first `count` of them alone if they are fewer; or one
+// by one, if the address is no multiple of 16. What is not there is 0.
+__device__ __forceinline__ void stored_eight(const void* p, int type, int64_t i, int count, bool aligned, float (&x)[8]) {
+    if (!aligned) {
+        for (int e = 0; e < 8; ++e) x[e] = e < count ? stored(p, type, i + e) : 0.0f;
+    } else if (type == FLOAT16) {
+        eight(static_cast<const f16*>(p) + i, x);
+    } else if (type == BFLOAT16) {
+        eight(static_cast<const bf16*>(p) + i, x);
+    } else {
+        eight(static_cast<const float*>(p) + i, x);
+    }
+}
+
+__device__ __forceinline__ void store_eight(void* p, int type, int64_t i, int count, bool aligned, const float (&x)[8]) {
+    if (!aligned) {
+        for (int e = 0; e < min(count, 8); ++e) store(p, type, i + e, x[e]);
+    } else if (type == FLOAT16) {
+        store_eight(static_cast<f16*>(p) + i, x);
+    } else if (type == BFLOAT16) {
+        store_eight(static_cast<bf16*>(p) + i, x);
+    } else {
+        store_eight(static_cast<float*>(p) + i, x);
+    }
 }
 
 // -- sums over a warp and over a block: the same tree whatever the data, so the same bits in every run ------------------------
@@ -207,9 +306,17 @@ __device__ __forceinline__ float block_sum(float x) {
     return total;
 }
 
-__device__ __forceinline__ int warp_sum(int x) {
-    for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(ALL_LANES, x, by);
+// -- between blocks -----------------------------------------------------------------------------------------------------------
+
+// What another block may have written: not from this multiprocessor's own cache.
+__device__ __forceinline__ float of_others(const float* p) {
+#ifdef EMULATED
+    return *p;
+#else
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
     return x;
+#endif
 }
 
 // -- tensor cores -------------------------------------------------------------------------------------------------------------
@@ -240,6 +347,17 @@ MMA(f16, "f16")
 MMA(bf16, "bf16")
 #undef MMA
 #endif
+
+// The same for a 16x8x32 tile of int8 numbers, four in a register; exact, in int32.
+__device__ __forceinline__ void mma_16x8x32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef EMULATED
+    emulated_mma<4>(d, a, b, [](uint32_t four, int e) { return int(int8_t(four >> (8 * e))); });
+#else
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
 
 // Four 8x8 matrices of halves out of shared memory. Lane l names the begin of row l % 8 of matrix l / 8, at a multiple of 16
 // bytes; of each matrix it is given the numbers 2(l % 4) + {0, 1} of row l / 4, which is what an operand of the product has.

@@ -8,10 +8,6 @@
 
 constexpr int THREADS = 128;
 
-struct int4x2 {
-    uint8_t pair;
-};
-
 // Value j of a row as it is stored; of int8 and int4 the integer.
 template <class W>
 __device__ __forceinline__ float entry(const W* row, int j) {
@@ -27,14 +23,20 @@ __device__ __forceinline__ float entry<int4x2>(const int4x2* row, int j) {
 }
 
 template <class W>
-constexpr int PER = sizeof(W) == sizeof(int4x2) ? 2 : 1;
+constexpr bool IS_INT8 = false;
 template <>
-constexpr int PER<int8_t> = 1;
+constexpr bool IS_INT8<int8_t> = true;
+
+template <class W>
+constexpr bool IS_INT4 = false;
+template <>
+constexpr bool IS_INT4<int4x2> = true;
 
 // y[i] = table[ids[i]] (+ positions[position_ids[i]])
 //
 // Of int8 tables a value is q / scale[row], of int4 tables (q - zero[row, g]) * scale[row, g] with groups of `block`. With
 // positions (of the type that `positions_type` says) the row is rounded to y's type before they are added, as by the two ops.
+// A plain table's form has none of that arithmetic: a division is a call, for which registers would be spilled.
 template <class I, class W>
 __global__ void __launch_bounds__(THREADS)
     embedding(const I* ids, const W* table, const float* scale, const int8_t* zero, const I* position_ids, const void* positions,
@@ -42,19 +44,18 @@ __global__ void __launch_bounds__(THREADS)
     int64_t i = blockIdx.x;
     int64_t id = int64_t(ids[i]), position = position_ids ? int64_t(position_ids[i]) : 0;
     bool known = id >= 0 && id < v && (!position_ids || (position >= 0 && position < positions_count));
-    const W* row = table + id * pitch / PER<W>;
-    int groups = block ? (n + block - 1) / block : 0;
+    const W* row = table + id * pitch / (IS_INT4<W> ? 2 : 1);
     for (int j = threadIdx.x; j < n; j += THREADS) {
         float value = __int_as_float(0x7fc00000);
         if (known) {
             value = entry(row, j);
-            if (block)
-                value = (value - float(zero[id * groups + j / block])) * scale[id * groups + j / block];
-            else if (scale)
-                value /= scale[id];
+            if constexpr (IS_INT8<W>) value /= scale[id];
+            if constexpr (IS_INT4<W>) {
+                int64_t group = id * ((n + block - 1) / block) + j / block;
+                value = (value - float(zero[group])) * scale[group];
+            }
+            if (position_ids) value = rounded(y_type, value) + stored(positions, positions_type, position * n + j);
         }
         store(y, y_type, i * n + j, value);
-        if (known && position_ids)
-            store(y, y_type, i * n + j, stored(y, y_type, i * n + j) + stored(positions, positions_type, position * n + j));
     }
 }

@@ -16,12 +16,6 @@ __global__ void __launch_bounds__(THREADS)
     int64_t place = int64_t(blockIdx.x) * THREADS + threadIdx.x;
     if (place >= int64_t(rows) * n) return;
     int r = int(place / n), j = int(place % n);
-    float value = float(sums[place]);
-    if (row_scale)
-        value /= row_scale[r] * scale[j];
-    else if (scale)
-        value /= scale[j];
-    value *= factor;
-    value = activated(activation, bias ? value + stored(bias, bias_type, j) : value);
-    store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
+    Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
+    finish(r, j, rescaled(float(sums[place]), row_scale, r, scale, j));
 }

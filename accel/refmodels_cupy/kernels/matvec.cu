@@ -16,11 +16,6 @@
 
 constexpr int WARPS = 8;
 
-// Two int4 numbers: the even one in the low four bits, the odd one in the high four.
-struct int4x2 {
-    uint8_t pair;
-};
-
 // What a lane reads at once of a row of weights: WORDS words in memory, PARTS times 8 values; PER values in an element.
 template <class W>
 struct Piece {  // f16, bf16
@@ -127,7 +122,7 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
     int64_t column = j + lane / ROWS;
     int row = first + lane % ROWS;
     bool mine = lane < ROWS * OUTPUTS && column < n && row < rows;
-    float value = 0.0f;
+    float layer = 0.0f, gated = 1.0f;
 #pragma unroll 1
     for (int pass = 0; pass < (gate ? 2 : 1); ++pass) {
         float sums[OUTPUTS][ROWS], sum = 0.0f;
@@ -136,10 +131,9 @@ __global__ void __launch_bounds__(WARPS * WARP_SIZE)
 #pragma unroll
         for (int l = 0; l < ROWS * OUTPUTS; ++l) sum = lane == l ? sums[l / ROWS][l % ROWS] : sum;
         if (!mine) continue;
-        if constexpr (Piece<W>::PARTS == 2) sum /= over[column];  // int8
-        value = pass ? value * sum : activated(activation, bias ? factor * sum + stored(bias, bias_type, column) : factor * sum);
+        sum = rescaled(sum, nullptr, row, Piece<W>::PARTS == 2 ? over : nullptr, column);
+        (pass ? gated : layer) = sum;
     }
-    if (!mine) return;
-    int64_t place = int64_t(row) * n + column;
-    store(y, y_type, place, residual ? stored(residual, y_type, place) + value : value);
+    Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
+    if (mine) finish(row, column, layer, gated);
 }
