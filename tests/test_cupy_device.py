@@ -14,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import Emulated
 from packing import Packing
 from refmodels_cupy import compiler, installation

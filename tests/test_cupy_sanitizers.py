@@ -34,7 +34,7 @@ def kept(compiled, monkeypatch):
         model = cls.from_preset(preset, dtype=dtype, accelerator=cupy)
         if mode:
             model.quantize(mode)
-        model.generate("spell: 42", max_new_tokens=2)
+        model.generate("spell: 42", max_new_tokens=4)
     for dtype, size in (("bfloat16", 128), ("float16", 80)):
         query, key, value = (np.ones((1, count, 1, size), numpy_dtype(dtype)) for count in (33, 97, 97))
         table = relative_table(device, np.ones((32, 1), np.float32), bidirectional=True)
