@@ -42,7 +42,7 @@ def plugin(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def compiled(pytestconfig):
-    """Where the kernels of refmodels_cupy, compiled for this CPU, are kept for all tests and later runs, by what they are made of.
+    """Where the kernels of refmodels_cupy, compiled for this CPU, are kept for all tests and runs, by what they are made of.
     `pytest --cache-clear` removes them."""
     if not shutil.which("g++") and not os.environ.get("REFMODELS_CC"):
         pytest.skip("the emulated device needs g++")

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from apart import EmulatedApart, MixedError
 from emulated import Emulated
 from packing import Packing

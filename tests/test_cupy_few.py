@@ -1,13 +1,7 @@
 """Products of a few rows in one launch, as decoding makes them: each kind of weights, what follows the sums, planted faults."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.linear import MOST, Products

@@ -56,7 +56,7 @@ def library(file, forms, cache, *, source=None):
 
 
 def compiled(name, code, cache, ending, *options):
-    """The path in `cache` of what the compiler makes of this. Its name says all that goes in: other processes may make it too."""
+    """The path in `cache` of what the compiler makes of this. The name says all that goes in: others may make it too."""
     headers = "".join(header.read_text() for header in [HERE / "emulation.h", *sorted(DIRECTORY.glob("*.cuh"))])
     digest = hashlib.sha256("\0".join([code, headers, *COMMAND, *options]).encode()).hexdigest()[:24]
     path = Path(cache) / f"{name.stem}-{digest}{ending}"
@@ -78,8 +78,9 @@ class Emulated:
     name = "emulation"
     multiprocessors = 3
 
-    def __init__(self, cache, *, orders=ORDERS, sources=None):
-        self.cache, self.orders, self.sources = cache, orders, sources or {}
+    def __init__(self, cache, *, orders=ORDERS, sources=None, forms=None):
+        """`sources` are other texts for kernel files, `forms` those to compile of each file: all that the accelerator has."""
+        self.cache, self.orders, self.sources, self.forms = cache, orders, sources or {}, forms
         self.launches = {}
         self._functions = {}
 
@@ -113,7 +114,9 @@ class Emulated:
                 self._run(launch, order)
                 after = [array.tobytes() for array in arrays]
                 if first is not None and after != first:
-                    raise EmulationError(f"{launch.form}: the result depends on the order of the threads")
+                    raise EmulationError(
+                        f"{launch.form}: the result depends on the order of the threads, or on what shared memory held before"
+                    )
                 first = after
 
     def _run(self, launch, order):
@@ -131,7 +134,8 @@ class Emulated:
         key = (launch.file, launch.form)
         if key not in self._functions:
             # of a source that a test plants, the one that is launched
-            forms = [launch.form] if launch.file in self.sources else all_forms(FAMILIES)[launch.file]
+            forms = self.forms or all_forms(FAMILIES)
+            forms = [launch.form] if launch.file in self.sources else forms[launch.file]
             if launch.form not in forms:
                 raise EmulationError(f"{launch.form} is in no FORMS: nothing would compile it ahead")
             loaded = library(launch.file, forms, self.cache, source=self.sources.get(launch.file))
