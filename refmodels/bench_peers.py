@@ -28,8 +28,8 @@ OURS, INTEGERS, EAGER, COMPILED = "refmodels", "refmodels, int8", "transformers"
 MOST_SECONDS, KEPT_SECONDS = 440, 120
 """Of a run, so that it ends within eight minutes; and what of it is kept for each shape that is still to come."""
 
-GRACE = 5
-"""Seconds in which a process may end by itself."""
+FIRST_SECONDS, SECONDS, GRACE = 180, 45, 5
+"""That a process may take to start, or for a first call, which may compile; for another call; to end by itself."""
 
 
 class Figure(NamedTuple):
@@ -153,6 +153,11 @@ class Worker:
         self._connection.close()
 
 
+def within(seconds: float, deadline: float) -> float:
+    """So many seconds from now, by time.monotonic, but not after the deadline."""
+    return min(time.monotonic() + seconds, deadline)
+
+
 @dataclass
 class Side:
     """One system in one type: what is asked of it, and what it was found to do."""
@@ -179,14 +184,14 @@ class Side:
         """The process, started anew if the last one has been ended."""
         if self.worker is None:
             self.worker = Worker(self.job)
-            self.about = self.worker.answer(deadline)
+            self.about = self.worker.answer(within(FIRST_SECONDS, deadline))
         return self.worker
 
     def seconds(self, work: Work, deadline: float) -> float:
         """Of one piece of work."""
         worker = self.started(deadline)
         worker.ask("seconds", work)
-        return float(worker.answer(deadline))
+        return float(worker.answer(within(SECONDS, deadline)))
 
     def end(self) -> None:
         """End the process, if there is one."""
@@ -234,15 +239,16 @@ def measure_shape(
     found.speeds = {(side.name, name): [] for side in sides for name in side.wanted}
     try:
         make_ready(sides, figures, deadline, lambda line: progress(f"{preset}: {line}"))
+        took = 0.0
         for i in range(plan.repeats):
-            round_began = time.monotonic()
+            if (began := time.monotonic()) + took > deadline:
+                break
             for side in sides if i % 2 == 0 else sides[::-1]:
                 progress(f"{preset}: round {i + 1} of {plan.repeats}, {side.name}")
                 measure_side(side, figures, found.speeds, deadline)
             progress(f"{preset}: round {i + 1} of {plan.repeats}, the device's limits")
             add_limits(found, shape, figures, deadline)
-            if 2 * time.monotonic() - round_began > deadline:
-                break
+            took = time.monotonic() - began
     finally:
         for side in sides:
             side.end()
@@ -257,7 +263,7 @@ def make_ready(sides: Sequence[Side], figures: Mapping[str, Figure], deadline: f
     for side in sides:
         try:
             assert side.worker is not None
-            side.about = side.worker.answer(deadline)
+            side.about = side.worker.answer(within(FIRST_SECONDS, deadline))
         except RuntimeError as error:
             side.fail(side.wanted, error)
     for name, figure in figures.items():
@@ -272,7 +278,7 @@ def make_ready(sides: Sequence[Side], figures: Mapping[str, Figure], deadline: f
             for side in asked:
                 try:
                     if side.worker is not None:
-                        side.worker.answer(deadline)
+                        side.worker.answer(within(FIRST_SECONDS, deadline))
                 except RuntimeError as error:
                     side.fail([name], error)
 
@@ -301,7 +307,7 @@ def add_limits(found: Measured, shape: Backbone, figures: Mapping[str, Figure], 
         try:
             worker = ours.started(deadline)
             worker.ask("limits")
-            memory, rate = worker.answer(deadline)
+            memory, rate = worker.answer(within(SECONDS, deadline))
             found.limits.append((memory, rate))
         except RuntimeError as error:
             ours.fail([LIMIT], error)

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +21,14 @@ from refmodels.backbone import Backbone
 from refmodels.bench import generation_seconds
 from refmodels.op import Array, Params
 from refmodels.ops.precision import numpy_dtype
-from refmodels.parameters import Parameter, build_tree
+from refmodels.parameters import Initializer, Parameter, build_tree, normal
 from refmodels.weights.huggingface import TOKEN_IDS, configuration
 
 BLOCK = 2**22
 """Random numbers that are drawn; all weights are repetitions of them."""
+
+INTEGERS = normal(20.0)
+"""How int8 weights are drawn: far from the ends of their range."""
 
 
 class Work(NamedTuple):
@@ -106,19 +110,28 @@ class Refmodels:
 
 
 def drawn_quickly(shape: Backbone) -> Params:
-    """Random parameters for a model of billions, in seconds: one block of numbers over and over."""
+    """Random parameters for a model of billions, in seconds: one block of numbers over and over, the same in every layer.
+
+    Layers share arrays, which are read-only for that. On a device each has memory of its own.
+    """
     noise = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
-    integers = np.clip(noise * 40, -127, 127).astype(np.int8)
+
+    @cache
+    def drawn(dims: tuple[int, ...], target: np.dtype[Any], initializer: Initializer) -> Array:
+        if initializer.kind in ("zeros", "ones"):
+            values = initializer.draw(dims, np.random.default_rng()).astype(target)
+        else:
+            values = np.resize((noise * np.float32(initializer.scale)).astype(target), dims)
+        values.flags.writeable = False
+        return values
 
     def leaf(parameter: Parameter) -> Array:
-        target = numpy_dtype(parameter.dtype or shape.variable_dtype)
+        initializer, target = parameter.initializer, numpy_dtype(parameter.dtype or shape.variable_dtype)
         if target == np.int8:
-            return np.resize(integers, parameter.shape)
+            initializer = INTEGERS
         if parameter.path.endswith("_scale"):  # an integer stands for itself over this: weights like those of the other types
             return np.full(parameter.shape, 2000, target)
-        if parameter.initializer.kind in ("zeros", "ones"):
-            return parameter.initializer.draw(parameter.shape, np.random.default_rng()).astype(target)
-        return np.resize((noise * np.float32(parameter.initializer.scale)).astype(target), parameter.shape)
+        return drawn(parameter.shape, target, initializer)
 
     return build_tree(shape.parameters(), leaf)
 

@@ -544,8 +544,8 @@ def chosen_accelerator(arguments: argparse.Namespace) -> "Accelerator | None":
 
 
 def fastest_accelerator(**settings: Any) -> "Accelerator | None":
-    """The first installed accelerator that can run here with these settings, the fastest first; None, the reference, if there is
-    none. One that somebody meant to run, and that cannot, is named with the reason on standard error."""
+    """The first installed accelerator that can run here with these settings, the fastest first; None if only the reference can.
+    One that somebody meant to run, and that cannot, is named with the reason on standard error."""
     from refmodels.accelerator import REFERENCE, AcceleratorError, find, installed, plugin
 
     left_out: list[str] = []

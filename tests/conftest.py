@@ -1,5 +1,7 @@
 """Below the test run: how many planted faults were rejected, and right kernels accepted; and what several files need."""
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -36,3 +38,12 @@ def plugin(tmp_path, monkeypatch):
 
     yield install
     sys.modules.pop("plugged_in", None)
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig):
+    """Where the kernels of refmodels_cupy, compiled for this CPU, are kept for all tests and runs, by what they are made of.
+    `pytest --cache-clear` removes them."""
+    if not shutil.which("g++") and not os.environ.get("REFMODELS_CC"):
+        pytest.skip("the emulated device needs g++")
+    return pytestconfig.cache.mkdir("cupy_kernels")

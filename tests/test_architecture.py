@@ -4,6 +4,7 @@ Every rule is a function from source to its violations, and is shown to fail on 
 """
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -73,11 +74,14 @@ ARROWS = {
     "coverage": {"accelerator", "op", "opdoc"},
     "machine": set(),
     "bench": {"accelerator", "backbone", "generate", "machine", "parameters"},
+    "bench_peers": {"backbone", "bench", "bench_worker"},
+    "bench_worker": {"accelerator", "backbone", "bench", "op", "ops", "parameters", "weights"},
     "cli": EVERYTHING,
     "junit": {"files"},
     "cli_check": {"accelerator", "conformance", "junit", "printing"},
     "cli_verify": {"__init__", "accelerator", "backbone", "numerics", "op", "printing", "verification"},
     "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
+    "cli_bench_peers": {"accelerator", "bench_peers", "printing"},
     "cli_audit": {"backbone", "files", "printing", "verification"},
     "cli_vectors": {"printing"},
     "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
@@ -90,6 +94,7 @@ ARROWS = {
 LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
+    "bench_worker": {"t5"},
     "cli_audit": {"task"},
     "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
@@ -109,8 +114,8 @@ OTHERS = {
     "huggingface_hub": {"hub"},
     "kagglehub": {"hub"},
     "hypothesis": {"conformance.check"},
-    "torch": {"verification.adaptors.transformers"},
-    "transformers": {"verification.adaptors.transformers"},
+    "torch": {"bench_worker", "verification.adaptors.transformers"},
+    "transformers": {"bench_worker", "verification.adaptors.transformers"},
     "keras": {"verification.adaptors.keras_hub"},
     "keras_hub": {"verification.adaptors.keras_hub"},
     "ctranslate2": {"verification.adaptors.ctranslate2"},
@@ -504,6 +509,10 @@ def test_composites_hold_no_numpy():
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+NAME_CUPY = ("device", "installation")
+"""The modules of the CuPy accelerator that import CuPy; the others run on whatever device they are given."""
+
+
 def layout_violations(root):
     found = [str(path) for folder in ("presets", "spec") for path in (root / folder).rglob("__init__.py")]
     sources = [*(root / "refmodels").rglob("*.py"), *(root / "accel").rglob("*.py")]
@@ -516,6 +525,8 @@ def layout_violations(root):
     numba, cupy = (list((root / "accel" / f"refmodels_{name}").rglob("*.py")) for name in ("numba", "cupy"))
     for paths, other in ((numba, "refmodels_cupy"), (cupy, "refmodels_numba")):
         found += [f"{path.name} knows {other}" for path in paths if other in path.read_text()]
+    asks = re.compile(r"^\s*(import|from) (cupy|cupy_backends|cuda)\b", re.MULTILINE)
+    found += [f"{path.name} imports CuPy" for path in cupy if path.stem not in NAME_CUPY and asks.search(path.read_text())]
     return found
 
 
@@ -533,6 +544,7 @@ def test_the_layout():
         ("refmodels/t5.py", "\n" * 1000),
         ("accel/refmodels_numba/norm.py", "import refmodels_cupy"),
         ("accel/refmodels_cupy/common.py", ""),
+        ("accel/refmodels_cupy/norm.py", "def f():\n    import cupy"),
     ],
 )
 def test_a_bad_layout_is_found(tmp_path, path, text):

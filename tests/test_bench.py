@@ -9,7 +9,7 @@ import pytest
 from refmodels import machine
 from refmodels.accelerator import Accelerator
 from refmodels.backbone import Backbone
-from refmodels.bench import Plan, bytes_per_step, fresh_process, generation_seconds, prefill_flops
+from refmodels.bench import Plan, bytes_per_step, fresh_process, generation_seconds, measure, prefill_flops
 from refmodels.bloom import BloomBackbone
 from refmodels.cli import main
 from refmodels.op import watching
@@ -114,7 +114,7 @@ def test_the_json_object_is_the_documented_one(run, preset):
     status, out, err = run(preset, *QUICK, "--json", "--accelerator", "reference")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    table = DOCUMENT.partition("## The JSON object")[2].splitlines()[4:]
+    table = DOCUMENT.partition("## The JSON object")[2].partition("\n## ")[0].splitlines()[4:]
     rows = [line.split("|")[1:3] for line in table if line.startswith("|")]
     assert set(found) == {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)}
     explained = {re.findall(r"`(\w+)`", names)[0]: set(re.findall(r"`(\w+)`", values)) for names, values in rows}
@@ -134,6 +134,7 @@ def test_the_json_object_is_the_documented_one(run, preset):
     assert eight == pytest.approx(8 * one)
     assert found["bytes_per_step"] == bytes_per_step(Backbone.from_preset(preset, load_weights=False))
     assert not found["random_weights"]
+    assert found["hardware"] is None
     memory = found["fresh_process"]
     assert memory["load_seconds"] > 0
     assert memory["peak_memory_bytes"] is None or memory["peak_memory_bytes"] > memory["memory_before_bytes"]
@@ -150,6 +151,21 @@ def test_the_table(run):
     assert re.search(r"^limits +\d+ threads read [\d.]+ GB/s and multiply float32 matrices at \d+ GFLOP/s$", out, re.MULTILINE)
     for name in ("prefill, batch 2", "decode, batch 2"):
         assert re.search(rf"^{name} +([\d,.]+ +){{4}}\d+%$", out, re.MULTILINE)
+
+
+def test_an_accelerator_with_hardware_of_its_own_says_what_that_can_do():
+    class Elsewhere(Accelerator):
+        def hardware(self):
+            return {"device": "an abacus"}
+
+        def limits(self):
+            return 1e6, 1e9
+
+    backbone = OPTBackbone(**SMALL, max_sequence_length=64, accelerator=Elsewhere("elsewhere"))
+    found = measure(backbone, Plan(8, 2, (1,), 1), None, {}, lambda line: None)
+    assert found["hardware"] == {"device": "an abacus"}
+    assert found["limits"] == {"bytes_per_second": 1e6, "flops_per_second": 1e9}
+    assert found["fresh_process"].keys() == {"left_out"}  # which looks for it among those that are installed
 
 
 def test_a_new_process_that_fails_is_left_out_with_the_reason(tmp_path):

@@ -1,14 +1,7 @@
 """Products of a few rows in one launch, as decoding makes them: each kind of weights, what follows the sums, planted faults."""
 
-import shutil
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.linear import MOST, Products
@@ -23,8 +16,6 @@ from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import dequantized_groups, linear_int4, linear_int8, linear_weight_int8, quantize_rows, row_scale
 from refmodels.quantization import quantization, quantized_tree
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
-
 KINDS = [
     *((x, w) for x in ("float16", "bfloat16") for w in (x, "int8", "int4/128", "int4/1000")),
     ("int8", "int8"),
@@ -37,12 +28,6 @@ ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Where compiled kernels are kept for all tests."""
-    return tmp_path_factory.getbasetemp() / "cupy_kernels"
 
 
 @pytest.fixture
@@ -84,6 +69,13 @@ def test_conformance(device, x_type, w_type, k, n):
         with use(Cupy(device)):
             got = op(*args, **kwargs)
         assert judge(op, args, kwargs, got), (rows, str(judge(op, args, kwargs, got)))
+
+
+def test_many_rows_of_int4_weights_are_few_rows_again(device):
+    op, args, kwargs = call("bfloat16", "int4/128", MOST + 3, 300, 21)
+    with use(Cupy(device)):
+        assert judge(op, args, kwargs, op(*args, **kwargs))
+    assert device.launches == {"matmul_few<64, 16, bf16, int4x2>": 1, "matmul_few<8, 16, bf16, int4x2>": 1}
 
 
 def test_what_cannot_be_counted_stays_in_its_row(device):

@@ -1,14 +1,7 @@
 """The models on the CuPy accelerator, on a device that is this CPU: composites, the captured decode step, planted faults."""
 
-import shutil
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-
 from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.decoding import AHEAD, Decoding, Graph
@@ -23,16 +16,8 @@ from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.sampling import greedy_token, sample_token
 from refmodels.parameters import build_tree
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
-
 ONE_ORDER = (2,)
 """Of threads. In three orders each kernel is run by the tests of its own."""
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Where compiled kernels are kept for all tests."""
-    return tmp_path_factory.getbasetemp() / "cupy_kernels"
 
 
 # -- composites ---------------------------------------------------------------------------------------------------------------
@@ -247,14 +232,9 @@ def test_quantised_models(compiled, family, mode):
 
 
 @pytest.fixture(scope="module")
-def opt(compiled_for_module):
+def opt(compiled):
     """A model on the device, and the same without."""
-    return model("opt", Cupy(Counting(compiled_for_module, orders=ONE_ORDER))), model("opt")
-
-
-@pytest.fixture(scope="module")
-def compiled_for_module(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "cupy_kernels"
+    return model("opt", Cupy(Counting(compiled, orders=ONE_ORDER))), model("opt")
 
 
 def test_a_step_is_captured_once(opt):

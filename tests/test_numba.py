@@ -10,7 +10,6 @@ import platform
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from refmodels.accelerator import AcceleratorError, find
 from refmodels.conformance import check_accelerator
 from refmodels.conformance.check import subjects
 from refmodels.coverage import COMPOSITE, OWN, coverage
-from refmodels.numerics import calibrated, compare, judge
+from refmodels.numerics import judge
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import pack_int4, quantized_groups
 from refmodels.ops.sampling import beam_candidates, likeliest_tokens, sample_token
@@ -94,17 +93,7 @@ def test_conformance(name):
 
 @pytest.mark.parametrize("name", [f"hf/{name}" for name in test_goldens.HUGGING_FACE] + test_goldens.KERAS_HUB)
 def test_goldens_of_the_peers(name):
-    """On the peers' checkpoints no further from the truth than the reference is, by its own error model."""
-    policy = {"opt_bf16": "bfloat16", "bloom_f16": "float16"}.get(Path(name).name, "float32")
-    given = {key: value for key, value in test_goldens.arrays(name, "in.").items() if key != "left_padding_mask"}
-    truth, own = (test_goldens.run(test_goldens.load(name, dtype), given) for dtype in ("float64", policy))
-    fast = test_goldens.load(name, policy)
-    fast.accelerator = numba
-    found = fast(given)
-    found = {"sequence_output": found} if not isinstance(found, dict) else found
-    for key, got in found.items():
-        verdict = compare(got, truth[key], calibrated(4), wanted=own[key], name=key)
-        assert verdict, verdict
+    test_goldens.judge_accelerator(name, numba)
     assert not numba.crossings
 
 

@@ -123,6 +123,15 @@ def agree(peer, exact, single, real=slice(None)):
     return len(peer)
 
 
+def judge_accelerator(name, accelerator):
+    """On a quantised checkpoint of the peer's an accelerator is held to our float64 run as the peer is."""
+    tensors = load_file(KERAS / name / "golden.safetensors")
+    given = {key.removeprefix("in."): value for key, value in tensors.items() if key.startswith("in.")}
+    exact, single = (Backbone.from_preset(KERAS / name, dtype=dtype) for dtype in ("float64", "float32"))
+    found = run(Backbone.from_preset(KERAS / name, dtype="float32", accelerator=accelerator), given)
+    assert agree(found, lambda: run(exact, given), lambda: run(single, given)) >= 1
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_keras_hub(name):
     tensors = load_file(KERAS / name / "golden.safetensors")

@@ -117,7 +117,7 @@ class Cupy(Accelerator):
             return weights.on_host(self.device, x) if isinstance(x, weights.Matrix) else self.device.to_host(x)
 
     def hardware(self) -> dict[str, str]:
-        return self.device.description()
+        return self.device.description() if isinstance(self.device, Gpu) else {"device": self.device.name}
 
     def limits(self) -> tuple[float, float]:
         return limits.measured(self.device)

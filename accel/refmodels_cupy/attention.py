@@ -60,7 +60,6 @@ FORMS = (
     + [("attention_plain.cu", form("attention_plain", dtype, room)) for dtype in TYPES for room in ROOMS]
     + [("attention_decode.cu", _decode_form(dtype, room, aligned=True)) for dtype in TYPES for room in ROOMS]
     + [("attention_decode.cu", _decode_form(dtype, 1, aligned=False)) for dtype in TYPES]
-    + [("attention_decode.cu", form("attention_merge", dtype)) for dtype in TYPES]
     + [("softmax.cu", form("masked_softmax", dtype)) for dtype in TYPES]
 )
 """Every form that may be launched, with its file."""
@@ -120,7 +119,8 @@ def plan(
     bias        Alibi, Table, an array (b or 1, h, t, s), or None
 
     Arrays that are not as the kernels read them are copied here: what launches are to read again when it has changed must have
-    its type (int32 positions and lengths, float32 biases) and be contiguous; keys and values may be the beginning of a cache.
+    its type (int32 positions and lengths, float32 biases) and be contiguous; keys and values may be the beginning of a cache,
+    and queries, keys and values columns of one matrix.
     """
     xp = device.xp
     batch, t, heads, size = query.shape
@@ -129,7 +129,7 @@ def plan(
     if not context.size or not s:
         context[...] = 0
         return context, []
-    query = _aligned(xp, query)
+    query, query_stride = _rows(xp, query)
     key, value = _with_strides(xp, key, value)
     if mask is not None and key_mask is None and mask.shape[2] == 1:
         mask, key_mask = None, mask[:, 0, 0]
@@ -150,32 +150,25 @@ def plan(
     table = bias if kind == TABLE else Table(None, None, 0, 0, False)
     biased = (numbers, _stride(bias, 0) if kind == GIVEN else np.int64(0), table.firsts, np.int32(table.side))
     of_distance = 4 * (2 * table.reach + 1) if kind == TABLE else 0
-    strides = tuple(np.int64(stride // key.itemsize) for stride in key.strides[:2])
-    arrays = (query, Strided(key), Strided(value))
+    strides = tuple(np.int64(stride) for stride in _strides(key)[:2])
+    arrays = (Strided(query), query_stride, Strided(key), Strided(value), context)
     permitted = (
         *(key_mask, np.int64(0) if key_mask is None else _stride(key_mask, 0), np.int32(causal)),
         *(positions, np.int64(0) if positions is None else _stride(positions, 0)),
     )
     if t == 1 and mask is None:
         pieces = -(-s // PIECE)
-        partial = device.empty((batch, heads, pieces, size + 2), np.float32)
+        partial, arrived = device.empty((batch, heads, pieces, size + 2), np.float32), xp.zeros((batch, heads), np.int32)
         aligned = all(int(number) * key.itemsize % 16 == 0 for number in (size, *strides)) and not _address(key) % 16
-        first = Launch(
+        launch = Launch(
             "attention_decode.cu",
             _decode_form(dtype, size, aligned and not _address(value) % 16),
             (pieces, heads, batch),
             (DECODE_THREADS, 1, 1),
-            (*arrays, partial, lengths, np.int32(size), np.int32(s), np.int32(heads), *strides, np.float32(scale), *permitted,
-             np.int32(kind), *biased, np.int32(table.bidirectional)),
+            (*arrays, partial, arrived, lengths, np.int32(size), np.int32(s), np.int32(heads), *strides, np.float32(scale),
+             *permitted, np.int32(kind), *biased, np.int32(table.bidirectional)),
         )  # fmt: skip
-        then = Launch(
-            "attention_decode.cu",
-            form("attention_merge", dtype),
-            (heads, batch, 1),
-            (DECODE_THREADS, 1, 1),
-            (partial, context, lengths, np.int32(size), np.int32(s), np.int32(heads), np.int32(pieces)),
-        )
-        return context, [first, then]
+        return context, [launch]
     assert lengths is None, "lengths are of one query"
     sizes = (np.int32(t), np.int32(s), np.int32(heads), *strides, np.float32(scale), *masked, *permitted)
     distances = (np.int32(table.reach), np.int32(table.bidirectional))
@@ -186,7 +179,7 @@ def plan(
                 form("attention_prefill", dtype, size, kind),
                 (-(-t // PREFILL_QUERIES), heads, batch),
                 (PREFILL_THREADS, 1, 1),
-                (*arrays, context, *sizes, *biased, *distances),
+                (*arrays, *sizes, *biased, *distances),
                 4 * PREFILL_KEYS * (size + 8) * 2 + of_distance,
             )
         ]
@@ -197,7 +190,7 @@ def plan(
             form("attention_plain", dtype, room),
             (-(-t // PLAIN_QUERIES), heads, batch),
             (32 * PLAIN_WARPS, 1, 1),
-            (*arrays, context, np.int32(size), *sizes, np.int32(kind), *biased, *distances),
+            (*arrays, np.int32(size), *sizes, np.int32(kind), *biased, *distances),
             16 * PLAIN_WARPS * (room + PLAIN_KEYS) + 4 * PLAIN_KEYS * (2 * room + 1) + of_distance,
         )
     ]
@@ -225,6 +218,27 @@ def _address(array: Any) -> int:
     return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
+def _rows(xp: Any, query: Any) -> tuple[Any, np.int64]:
+    """Queries whose rows follow one another with one stride, and that stride: as they are, or a copy."""
+    batch, t, _, size = query.shape
+    per_row, stride, *inner = _strides(query)
+    one_stride = batch == 1 or t == 1 or per_row == t * stride
+    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | _address(query)) % 16
+    if not one_stride or inner != [size, 1] or not aligned:
+        query = _aligned(xp, query)
+        per_row, stride, *_ = _strides(query)
+    return query, np.int64(stride if batch == 1 else per_row // t)
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    """Elements from one index of each axis to the next; of an axis of one, which may say anything, as if it were contiguous."""
+    found, inside = [], 1
+    for size, stride in zip(array.shape[::-1], array.strides[::-1], strict=True):
+        found.append(inside if size == 1 else stride // array.itemsize)
+        inside = found[-1] * size
+    return tuple(found[::-1])
+
+
 def _aligned(xp: Any, array: Any) -> Any:
     """Contiguous, from a multiple of 16 bytes on."""
     array = xp.ascontiguousarray(array)
@@ -233,15 +247,11 @@ def _aligned(xp: Any, array: Any) -> Any:
 
 def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
     """Keys and values with the same strides, the numbers and heads of a position side by side: as they are, or copies."""
-    inner = (key.shape[3] * key.itemsize, key.itemsize)
+    wanted = _strides(key)
 
     def is_fine(array: Any) -> bool:
-        return bool(
-            array.strides == key.strides
-            and array.strides[2:] == inner
-            and all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-            and _address(array) % 16 == 0
-        )
+        strides = _strides(array)
+        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and _address(array) % 16 == 0
 
     return (key, value) if is_fine(key) and is_fine(value) else (_aligned(xp, key), _aligned(xp, value))
 

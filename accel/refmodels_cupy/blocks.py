@@ -25,7 +25,7 @@ from refmodels_cupy.norm import norm
 from refmodels_cupy.program import Recorder
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
 from refmodels_cupy.source import form
-from refmodels_cupy.weights import Matrix
+from refmodels_cupy.weights import TOGETHER, Matrix
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,14 @@ class Block:
         """`dense` and what follows it: residual + activation(x @ kernel + bias) * (x @ gate's kernel), rounded once."""
         return self._product(self._inputs(x, p), _weights(p), None if gate is None else _weights(gate), dtype, **finish)
 
-    def dense_each(self, x: Any, *layers: Params) -> list[Any]:
-        """`dense` of the same rows by several layers."""
+    def query_key_value(self, x: Any, p: Params, heads: int) -> list[Any]:
+        """Queries, keys and values (b, t, h, d) of an attention: by one product where their matrices are one."""
+        if "_joint" in p:
+            together = self.dense(x, p["_joint"]).reshape(self.batch, self.t, len(TOGETHER), heads, -1)
+            return [together[:, :, i] for i in range(len(TOGETHER))]
+        layers = [p[name] for name in TOGETHER]
         inputs = self._inputs(x, layers[0])
-        return [self._product(inputs, _weights(p), None, None) for p in layers]
+        return [self._product(inputs, _weights(layer), None, None).reshape(self.batch, self.t, heads, -1) for layer in layers]
 
     def scores(self, hidden: Any, table: Params, *, scale: float = 1.0) -> Any:
         """`token_scores` of rows."""
@@ -148,9 +152,7 @@ class Block:
         self, x: Any, p: Params, heads: int, cache: Params | None, places: Places, *, scale: float, bias: Any = None
     ) -> Any:
         """Attention of rows to themselves, and to what is in the cache, up to the product with the output's kernel."""
-        query, key, value = (
-            y.reshape(self.batch, self.t, heads, -1) for y in self.dense_each(x, p["query"], p["key"], p["value"])
-        )
+        query, key, value = self.query_key_value(x, p, heads)
         if cache is not None:
             pairs = [(key, cache["key"]), (value, cache["value"])]
             append(self.device, pairs, places.start, self.t, key.shape[2] * key.shape[3])
@@ -159,7 +161,6 @@ class Block:
 
     def attend(self, query: Any, key: Any, value: Any, places: Places, *, scale: float, bias: Any = None) -> Any:
         """Attention to keys and values (b, s, h, d), as rows [rows, h * d]."""
-        query = query.reshape(self.batch, self.t, *key.shape[2:])
         return attend(self.device, query, key, value, scale=scale, bias=bias, **places.how).reshape(self.rows, -1)
 
 

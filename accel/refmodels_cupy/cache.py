@@ -7,7 +7,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import cache as ops
 from refmodels.ops.precision import numpy_dtype
-from refmodels_cupy.device import Device, Launch
+from refmodels_cupy.device import Device, Launch, Strided
 from refmodels_cupy.linear import STORED
 from refmodels_cupy.source import form
 
@@ -40,15 +40,16 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
 
 def append(device: Device, pairs: Any, start: Any, t: int, width: int) -> None:
-    """Rows of `width` values to their places: x (b, t, width) to start[b], start[b] + 1, ... of row b of (b, capacity, pitch).
+    """Rows of `width` values to their places: x (b, t, ...) to start[b], start[b] + 1, ... of each row of (b, capacity, ...).
 
-    `pairs` are one or two (x, where), alike. start: int32 (b,), read when the launch runs; None is 0. All contiguous.
+    `pairs` are one or two (x, where), alike. start: int32 (b,), read when the launch runs; None is 0. The values of a row lie
+    side by side; rows of x have one stride.
     """
     (x, where), (second, second_where) = pairs[0], (pairs[1] if len(pairs) > 1 else (None, None))
-    capacity = where.shape[1]
-    sizes = (np.int32(t), np.int32(width), np.int32(where.size // (len(where) * capacity)), np.int32(capacity))
+    stride, capacity = x.strides[1 if x.ndim > 2 and t > 1 else 0] // x.itemsize, where.shape[1]
+    sizes = (np.int32(size) for size in (t, width, stride, where.size // (len(where) * capacity), capacity))
     grid = (x.size // width, len(pairs), 1)
-    arguments = (x, where, second, second_where, start, *sizes)
+    arguments = (Strided(x), where, None if second is None else Strided(second), second_where, start, *sizes)
     device.launch(Launch("cache.cu", form("append", x.dtype.name), grid, THREADS, arguments))
 
 

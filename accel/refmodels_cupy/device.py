@@ -1,7 +1,7 @@
 """Where the kernels run. `Device` is what the ops ask for; `Gpu` is an NVIDIA GPU through CuPy.
 
-The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file, and the two
-that it and the accelerator ask for compiled kernels and for what is installed, names CuPy.
+The tests have another: it runs the same kernels on the CPU, and NumPy in place of CuPy. So nothing but this file and
+installation.py imports CuPy, and everything else can be tested without a GPU.
 """
 
 import subprocess
@@ -58,9 +58,6 @@ class Device(Protocol):
     def multiprocessors(self) -> int:
         """How many blocks can surely run at once."""
 
-    def description(self) -> dict[str, str]:
-        """The device in words: its name as `device`, and whatever else decides how fast it is."""
-
     def to_device(self, array: Array) -> Any:
         """A copy of a host array."""
 
@@ -76,7 +73,7 @@ class Device(Protocol):
     def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
         """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
 
-        Of int8 the sums are int32; then the sizes that are summed over and of b's rows must be multiples of 4.
+        Of int8 the sums are int32; then b is transposed, and the size that is summed over must be a multiple of 4.
         """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
@@ -129,6 +126,7 @@ class Gpu:
         return int(self._device.attributes["MultiProcessorCount"])
 
     def description(self) -> dict[str, str]:
+        """The GPU in words: its name as `device`, and whatever else decides how fast it is."""
         properties, runtime = self.xp.cuda.runtime.getDeviceProperties(self.index), self.xp.cuda.runtime
         return {
             "device": self.name,
@@ -258,6 +256,10 @@ class Gpu:
         with self.working():
             if 0 in (m, n, k):
                 return self.xp.zeros((m, n), wide)
+            if wide is np.int32 and n % 4:  # cuBLAS multiplies int8 by rows in fours
+                rows = self.xp.zeros((n + -n % 4, k), b.dtype)
+                rows[:n] = b
+                return self.xp.ascontiguousarray(self.product(a, rows, transposed=True)[:, :n])
             a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
             c = self.xp.empty((m, n), wide)
             one, zero = np.ones(1, wide), np.zeros(1, wide)
@@ -360,8 +362,8 @@ _current = threading.local()
 
 
 def _passed(argument: Any) -> Any:
-    """An argument as CuPy takes it."""
-    return np.uint64(0) if argument is None else argument.array if isinstance(argument, Strided) else argument
+    """An argument as CuPy takes it; None is a null address."""
+    return argument.array if isinstance(argument, Strided) else argument
 
 
 def _version(number: int) -> str:
@@ -376,6 +378,3 @@ def _driver(index: int) -> str:
         return f"{subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()}, "
     except (OSError, subprocess.SubprocessError):
         return ""
-
-    """An argument as CuPy takes it; None is a null address."""
-    return argument.array if isinstance(argument, Strided) else argument

@@ -15,7 +15,7 @@ from refmodels_cupy.weights import Matrix, matrix
 MOST = 64
 """Rows up to which the weights are read as they are stored, by launches that a graph may hold."""
 
-OUTPUTS = {1: 1, 2: 1, 4: 2, 8: 4}
+OUTPUTS = {1: 1, 4: 2, 8: 2}
 """Rows of x that one warp of matvec.cu takes -> outputs that it makes of them, so that the rows are read from the cache less
 often."""
 
@@ -26,7 +26,8 @@ sums of their own."""
 QUEUE = 64 * 1024
 """Bytes of weights that such a block has under way, in shared memory, where its sums have a place beside them."""
 
-WARPS = 8
+VECTOR_THREADS = 128
+TENSOR_THREADS = 256
 EPILOGUE_THREADS = 256
 EMBEDDING_THREADS = 128
 
@@ -64,7 +65,7 @@ FORMS = [
 def vector_tile(rows: int, n: int) -> tuple[int, int, Grid]:
     """Rows and outputs of a warp of matvec.cu, and blocks, for so many rows and outputs in all."""
     each = next((count for count in OUTPUTS if count >= rows), max(OUTPUTS))
-    return each, OUTPUTS[each], (-(-n // (WARPS * OUTPUTS[each])) * -(-rows // each), 1, 1)
+    return each, OUTPUTS[each], (-(-n // (VECTOR_THREADS // 32 * OUTPUTS[each])) * -(-rows // each), 1, 1)
 
 
 def tensor_tile(rows: int, n: int, weights: str, multiprocessors: int) -> tuple[int, int, Grid]:
@@ -106,12 +107,16 @@ class Products:
             return y
         flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
-        if rows > MOST:
+        # What int4 numbers stand for is exact in float32 alone, which is slow: of many rows matmul_few.cu makes MOST at a time.
+        if rows > MOST and not (w.kind == "int4" and by_tensor_cores(flat, w)):
             self._many(flat, w, y, bias, scale, factor)
             return y
         if not by_tensor_cores(flat, w) and stored(w) not in WEIGHTS[flat.dtype.name]:
             flat = flat.astype(np.float32)
-        self.fused(self.filled(flat, w.pitch), w, y, bias=bias, scale=scale, factor=factor)
+        flat, results = self.filled(flat, w.pitch), y.reshape(rows, w.n)
+        for begin in range(0, rows, MOST):
+            part = slice(begin, begin + MOST)
+            self.fused(flat[part], w, results[part], bias=bias, scale=scale, factor=factor)
         return y
 
     def fused(
@@ -140,16 +145,16 @@ class Products:
         finish = (*typed(bias), residual, *typed(y))
         groups = w.scale.shape[1] if w.kind == "int4" else 0
         sizes = (np.int32(size) for size in (rows, w.n, w.pitch, w.block, groups))
-        numbers = (*sizes, np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        arguments = (*parts, *finish, *sizes, np.float32(factor), np.int32(ACTIVATIONS[activation]))
         if by_tensor_cores(x, w):
             each, outputs, blocks = tensor_tile(rows, w.n, stored(w), self.device.multiprocessors)
             launched, shared = form("matmul_few", each, outputs, x.dtype.name, stored(w)), QUEUE + 4 * each * outputs
-            file, arguments = "matmul_few.cu", (x, row_scale, *parts, *finish, *numbers)
+            block = (TENSOR_THREADS, 1, 1)
+            self.device.launch(Launch("matmul_few.cu", launched, blocks, block, (x, row_scale, *arguments), shared))
         else:
             each, outputs, blocks = vector_tile(rows, w.n)
-            launched, shared = form("matvec", each, outputs, x.dtype.name, stored(w)), 0
-            file, arguments = "matvec.cu", (x, *parts, *finish, *numbers)
-        self.device.launch(Launch(file, launched, blocks, (WARPS * 32, 1, 1), arguments, shared))
+            launched = form("matvec", each, outputs, x.dtype.name, stored(w))
+            self.device.launch(Launch("matvec.cu", launched, blocks, (VECTOR_THREADS, 1, 1), (x, *arguments)))
 
     def _many(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
         # int8 numbers are exact in half precision, what int4 numbers stand for is not

@@ -25,9 +25,6 @@ class Recorder:
         self._of_a_layer: list[Any] | None = None
         self._next = 0
 
-    def description(self) -> dict[str, str]:
-        return self.device.description()
-
     def to_device(self, array: Array) -> Any:
         """A constant of the program."""
         return self.device.to_device(array)

@@ -28,7 +28,8 @@ def cross_attention(block: Block, x: Any, p: Params, config: T5Config, encoded: 
     """x + attention(norm(x)) to the encoder's output."""
     own = p["cross_attention"]
     h = block.norm(x, p["cross_attention_layer_norm"], config.layer_norm_epsilon)
-    h = block.attend(block.dense(h, own["query"]), encoded["key"], encoded["value"], places, scale=1.0)
+    query = block.dense(h, own["query"]).reshape(block.batch, block.t, *encoded["key"].shape[2:])
+    h = block.attend(query, encoded["key"], encoded["value"], places, scale=1.0)
     return block.dense(h, own["output"], residual=x, dtype=config.residual_dtype)
 
 

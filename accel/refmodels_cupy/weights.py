@@ -1,16 +1,20 @@
 """Weights as the kernels read them, and back: matrices with one output after the other, bit for bit the same numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refmodels.op import Array
+from refmodels.op import Array, Params
 from refmodels.ops.quantize import dequantized_groups
 from refmodels_cupy.device import Device
 
 PIECE = {"float32": 8, "float16": 8, "bfloat16": 8, "int8": 16, "int4": 32}
 """Values that a lane of matvec.cu reads at once: rows are filled up with zeros to a multiple of it, 16 bytes or 32."""
+
+
+LARGEST_ZERO = 119
+"""With it 128 + zero + 8 is exact in bfloat16, which matmul_few.cu takes away from 128 + q + 8."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ def matrix(device: Device, leaf: Any, *, by_rows: bool = False) -> Matrix:
 def int4_matrix(device: Device, leaf: Array, scale: Array, zero: Array, g_idx: Array, *, by_rows: bool, axis: int) -> Matrix:
     """Packed int4 numbers, on the host, of a matrix (k, n) whose row i is in group g_idx[i], or of a table (n, k) if `by_rows`.
 
-    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that `group_length` refuses, and zeros that are no
-    int8, are rare: such a matrix is kept as the float32 numbers that it stands for.
+    `scale` and `zero` are (groups, n), or (n, groups) if `by_rows`. Groups that `group_length` refuses, and zeros that are
+    no whole numbers from -119 to 119, are rare: such a matrix is kept as the float32 numbers that it stands for.
     """
     block, whole = group_length(g_idx), np.asarray(zero).astype(np.int8)
-    if block is None or not np.array_equal(whole, zero):
+    if block is None or not np.array_equal(whole, zero) or (abs(whole.astype(np.int32)) > LARGEST_ZERO).any():
         numbers = dequantized_groups(leaf, scale, zero, g_idx, np.dtype(np.float32), axis=axis, group_axis=int(by_rows))
         made = matrix(device, numbers, by_rows=by_rows)
         return Matrix(leaf.shape, leaf.dtype, "float32", made.rows, made.k, made.n, by_rows, host=np.array(leaf))
@@ -159,7 +163,46 @@ def loaded(device: Device, tree: Any, *, owned: bool, name: str = "") -> Any:
         else:
             result[key] = _leaf(device, key, part, host, table=name == "token_embedding")
         del part
+    if joint := joined(device, result):
+        result["_joint"] = joint
     return result
+
+
+TOGETHER = ("query", "key", "value")
+"""Layers of an attention that multiply the same rows."""
+
+
+def joined(device: Device, p: Params) -> Params | None:
+    """The dense layers of an attention as one, whose outputs are those of all of them, one launch in place of three.
+
+    Their matrices are parts of its matrix from then on, so that none is there twice. None where they are not stored alike.
+    """
+    layers = [p[name] for name in TOGETHER if isinstance(p.get(name), dict)]
+    if len(layers) < len(TOGETHER) or len({_stored(layer) for layer in layers}) > 1 or _stored(layers[0]) is None:
+        return None
+    matrices = [layer["kernel"] for layer in layers]
+    first, ends = matrices[0], np.cumsum([w.n for w in matrices]).tolist()
+    rows = device.empty((ends[-1], first.rows.shape[1]), first.rows.dtype)
+    for layer, w, end in zip(layers, matrices, ends, strict=True):
+        own = rows[end - w.n : end]
+        own[...] = w.rows
+        layer["kernel"] = replace(w, rows=own)
+
+    def together(parts: list[Any]) -> Any:
+        return None if parts[0] is None else device.xp.concatenate(parts)
+
+    scale, zero = together([w.scale for w in matrices]), together([w.zero for w in matrices])
+    whole = replace(first, shape=(first.k, ends[-1]), rows=rows, n=ends[-1], scale=scale, zero=zero)
+    beside = ("bias", "kernel_scale", "kernel_weight_only_scale") if first.kind == "int8" else ("bias",)
+    return {"kernel": whole, **{name: together([layer[name] for layer in layers]) for name in beside if name in layers[0]}}
+
+
+def _stored(layer: Params) -> Any:
+    """What two layers have in common if their matrices can be one. None: nothing, with this one."""
+    w = layer.get("kernel")
+    if not isinstance(w, Matrix) or w.host is not None or "lora_kernel_a" in layer:
+        return None
+    return w.kind, w.k, w.rows.shape[1], w.block, frozenset(layer)
 
 
 def _leaf(device: Device, key: str, leaf: Array, others: dict[str, Any], *, table: bool) -> Any:

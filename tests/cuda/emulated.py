@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import math
 import os
-import re
 import subprocess
 import threading
 from contextlib import nullcontext
@@ -25,7 +24,12 @@ MANY_THREADS = 2**16
 """A launch of more runs in one order alone: blocks are alike, and each thread costs a microsecond or so."""
 
 ONE_AT_A_TIME = threading.RLock()  # the emulation's state is global
-SANITIZERS = "-fsanitize=address,undefined"
+
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+"""Whether this process was started with the sanitizer, which a library that is compiled for it needs."""
+
+COMMAND = ("g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+COMMAND += ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all") if SANITIZED else ("-O1",)
 
 
 class EmulationError(AssertionError):
@@ -36,33 +40,35 @@ class DoesNotCompile(EmulationError):  # noqa: N818 -- the verdict on a source
     """A source that the compiler refuses: of a planted fault, that nothing was shown."""
 
 
-def library(file, forms, cache, *, source=None, sanitized=None):
-    """The shared library with these forms of a kernel file, compiled unless it is in `cache` already."""
-    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "") if sanitized is None else sanitized
+def library(file, forms, cache, *, source=None):
+    """The shared library with these forms of a kernel file, or of another `source` for it; compiled unless `cache` has it."""
+    wrappers = "\n".join(
+        f'extern "C" __attribute__((visibility("default"))) int form_{i}(const unsigned* shape, size_t dynamic, int order, '
+        f"unsigned seed, void** arguments, char* message, size_t room) "
+        f"{{ return emulation::launch_kernel({form}, shape, dynamic, order, seed, arguments, message, room); }}"
+        for i, form in enumerate(forms)
+    )
     text = (DIRECTORY / file).read_text() if source is None else source
-    headers = (HERE / "emulation.h").read_text() + "".join(header.read_text() for header in sorted(DIRECTORY.glob("*.cuh")))
-    digest = hashlib.sha256("\0".join([text, headers, *forms, str(sanitized)]).encode()).hexdigest()[:24]
-    path = Path(cache) / f"{Path(file).stem}-{digest}.so"
+    warnings = ["-Werror"] if source is None else ["-Wno-unused"]  # what a fault leaves out may leave something unused
+    runtime = compiled(HERE / "emulation.cpp", (HERE / "emulation.cpp").read_text(), cache, ".o", "-Werror", "-c")
+    code = f'#define EMULATED\n#line 1 "{file}"\n{text}\n{wrappers}\n'
+    return ctypes.CDLL(str(compiled(Path(file), code, cache, ".so", *warnings, "-shared", str(runtime))))
+
+
+def compiled(name, code, cache, ending, *options):
+    """The path in `cache` of what the compiler makes of this. The name says all that goes in: others may make it too."""
+    headers = "".join(header.read_text() for header in [HERE / "emulation.h", *sorted(DIRECTORY.glob("*.cuh"))])
+    digest = hashlib.sha256("\0".join([code, headers, *COMMAND, *options]).encode()).hexdigest()[:24]
+    path = Path(cache) / f"{name.stem}-{digest}{ending}"
     if not path.exists():
-        wrappers = "\n".join(
-            f'extern "C" int form_{i}(const unsigned* shape, size_t dynamic, int order, unsigned seed, void** arguments, '
-            f"char* message, size_t room) {{ return emulation::launch_kernel({form}, shape, dynamic, order, seed, arguments, "
-            f"message, room); }}"
-            for i, form in enumerate(forms)
-        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.cpp")
-        beside.write_text(f'#define EMULATED\n#line 1 "{file}"\n{text}\n{wrappers}\n')
-        command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-        made = path.with_suffix(f".{os.getpid()}.so")
-        command += ["-Wno-unused"] if source is not None else ["-Werror"]  # what a fault leaves out may leave something unused
-        command += [*([SANITIZERS] if sanitized else []), f"-I{HERE}", f"-I{DIRECTORY}", str(beside), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        beside.unlink()
+        beside = path.with_suffix(f".{os.getpid()}{ending}")
+        command = [*COMMAND, f"-I{HERE}", f"-I{DIRECTORY}", "-x", "c++", "-", "-x", "none", *options, "-o", str(beside)]
+        done = subprocess.run(command, input=code, capture_output=True, text=True)
         if done.returncode:
-            raise DoesNotCompile(f"{file}: {done.stderr[-4000:]}")
-        made.rename(path)
-    return ctypes.CDLL(str(path))
+            raise DoesNotCompile(f"{name.name}: {done.stderr[-4000:]}")
+        beside.rename(path)
+    return path
 
 
 class Emulated:
@@ -72,13 +78,11 @@ class Emulated:
     name = "emulation"
     multiprocessors = 3
 
-    def __init__(self, cache, *, orders=ORDERS, sources=None):
-        self.cache, self.orders, self.sources = cache, orders, sources or {}
+    def __init__(self, cache, *, orders=ORDERS, sources=None, forms=None):
+        """`sources` are other texts for kernel files, `forms` those to compile of each file: all that the accelerator has."""
+        self.cache, self.orders, self.sources, self.forms = cache, orders, sources or {}, forms
         self.launches = {}
         self._functions = {}
-
-    def description(self):
-        return {"device": self.name}
 
     def to_device(self, array):
         return np.array(array)
@@ -110,7 +114,9 @@ class Emulated:
                 self._run(launch, order)
                 after = [array.tobytes() for array in arrays]
                 if first is not None and after != first:
-                    raise EmulationError(f"{launch.form}: the result depends on the order of the threads")
+                    raise EmulationError(
+                        f"{launch.form}: the result depends on the order of the threads, or on what shared memory held before"
+                    )
                 first = after
 
     def _run(self, launch, order):
@@ -128,7 +134,8 @@ class Emulated:
         key = (launch.file, launch.form)
         if key not in self._functions:
             # of a source that a test plants, the one that is launched
-            forms = [launch.form] if launch.file in self.sources else all_forms(FAMILIES)[launch.file]
+            forms = self.forms or all_forms(FAMILIES)
+            forms = [launch.form] if launch.file in self.sources else forms[launch.file]
             if launch.form not in forms:
                 raise EmulationError(f"{launch.form} is in no FORMS: nothing would compile it ahead")
             loaded = library(launch.file, forms, self.cache, source=self.sources.get(launch.file))
@@ -163,8 +170,3 @@ class Emulated:
 
     def working(self):
         return nullcontext()
-
-
-def kernel_names(file):
-    """The kernels that a file defines."""
-    return re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", (DIRECTORY / file).read_text())

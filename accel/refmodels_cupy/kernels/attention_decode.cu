@@ -1,17 +1,18 @@
 // Attention of one query of each row of the batch: the next token's. Reading the keys and values is all the time there is, and one
 // row has few heads, so the keys are split into pieces of 128 that different blocks read:
 //
-//     row b, head h     | keys 0..127 | 128..255 | 256..383 | 384.. |          attention_decode: a block for each piece
+//     row b, head h     | keys 0..127 | 128..255 | 256..383 | 384.. |          a block for each piece
 //                          peak, sum of weights, weighted sum of values
 //                                         |
-//                                     context[b, h]                            attention_merge: from the first to the last
+//                                     context[b, h]                            by the block that is the last to end
 //
 // In a piece each of 4 warps has 32 keys, and each key is read by a group of G lanes, 16 bytes each:
 //
 //     key j      | lane 0: W numbers | lane 1 | ... | lane G - 1 |  and again, C times
 //     key j + 1  | lane G            | ...
 //
-// Pieces are the same whatever the batch and however many keys there are, and are summed in one order: so is a row's result.
+// Pieces are the same whatever the batch and however many keys there are, and whichever block comes last adds them from the first
+// to the last: so a row's result is the same in every run.
 // How many keys a row has may stand in `lengths` on the device: a captured graph has a grid for the whole cache, and blocks that
 // have nothing to read end at once.
 #include "attention.cuh"
@@ -37,12 +38,40 @@ __device__ __forceinline__ void load(const T* p, float (&to)[1]) {
     to[0] = widen(*p);
 }
 
+// The last of `pieces` blocks to come here puts their sums together.
+template <class T>
+__device__ __forceinline__ void merge(const float* partial, T* context, int* arrived, int size, int pieces) {
+    SHARED(int, before, [1]);
+    __threadfence();  // what this block has written is there for all, and only then does it say so
+    __syncthreads();
+    if (threadIdx.x == 0) before[0] = atomicAdd(arrived, 1);
+    __syncthreads();
+    if (before[0] + 1 != pieces) return;
+    __threadfence();
+    float peak = FORBIDDEN, total = 0.0f;
+    for (int i = 0; i < pieces; ++i) peak = fmaxf(peak, of_others(partial + int64_t(i) * (size + 2)));
+    for (int i = 0; i < pieces; ++i) {
+        const float* piece = partial + int64_t(i) * (size + 2);
+        total += expf(of_others(piece) - peak) * of_others(piece + 1);
+    }
+    for (int column = threadIdx.x; column < size; column += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < pieces; ++i) {
+            const float* piece = partial + int64_t(i) * (size + 2);
+            sum += expf(of_others(piece) - peak) * of_others(piece + 2 + column);
+        }
+        context[column] = narrow<T>(sum / total);
+    }
+    if (threadIdx.x == 0) *arrived = 0;
+}
+
 // The parameters are those of attention_plain, of one query each: t is 1, and `lengths` [b] says how many of the s keys there
-// are (null: all). partial [b, h, pieces, 2 + size] is what attention_merge puts together.
+// are (null: all). partial [b, h, pieces, 2 + size] is between the blocks, and so is arrived [b, h], which is zero before and
+// after. Where there is no key, the context is zero.
 template <class T, int W, int G, int C>
 __global__ void __launch_bounds__(THREADS, 8) attention_decode(
-    const T* query, const T* key, const T* value, float* partial, const int* lengths, int size, int s, int heads,
-    int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* key_mask, int64_t key_mask_batch,
+    const T* query, int64_t query_stride, const T* key, const T* value, T* context, float* partial, int* arrived,
+    const int* lengths, int size, int s, int heads, int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* key_mask, int64_t key_mask_batch,
     int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,
     int64_t bias_batch, const int* firsts, int side, int bidirectional) {
     constexpr int AT_ONCE = WARP_SIZE / G;  // keys that a warp reads at once
@@ -51,9 +80,13 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
     int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, group = lane / G, member = lane % G;
     int head = blockIdx.y, batch = blockIdx.z, from = blockIdx.x * PIECE;
     int count = lengths ? min(lengths[batch], s) : s;
-    if (from >= count) return;  // the whole block
-
     int64_t row = int64_t(batch) * heads + head;
+    context += row * size;
+    if (from >= count) {  // the whole block
+        if (from == 0)
+            for (int i = threadIdx.x; i < size; i += THREADS) context[i] = narrow<T>(0.0f);
+        return;
+    }
     key += batch * batch_stride + int64_t(head) * size;
     value += batch * batch_stride + int64_t(head) * size;
     float q[C][W];
@@ -61,7 +94,7 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
     for (int c = 0; c < C; ++c) {
         int column = (c * G + member) * W;
 #pragma unroll
-        for (int w = 0; w < W; ++w) q[c][w] = column < size ? widen(query[row * size + column + w]) : 0.0f;
+        for (int w = 0; w < W; ++w) q[c][w] = column < size ? widen(query[batch * query_stride + int64_t(head) * size + column + w]) : 0.0f;
     }
 
     // Products: those of one key are summed over its group.
@@ -128,35 +161,13 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
             if (group == 0) sums[warp][(c * G + member) * W + w] = sum[c][w];
         }
     __syncthreads();
-    partial += (row * gridDim.x + blockIdx.x) * (size + 2);
-    if (threadIdx.x == 0) partial[0] = peak, partial[1] = total;
+    partial += row * gridDim.x * (size + 2);
+    float* own = partial + int64_t(blockIdx.x) * (size + 2);
+    if (threadIdx.x == 0) own[0] = peak, own[1] = total;
     for (int i = threadIdx.x; i < size; i += THREADS) {
         float all = 0.0f;
         for (int w = 0; w < WARPS; ++w) all += sums[w][i];
-        partial[2 + i] = all;
+        own[2 + i] = all;
     }
-}
-
-// context [b, h, size] of the pieces of each row and head, from the first to the last; zeros where there is no key.
-template <class T>
-__global__ void __launch_bounds__(THREADS) attention_merge(const float* partial, T* context, const int* lengths, int size, int s,
-                                                           int heads, int pieces) {
-    int64_t row = int64_t(blockIdx.y) * heads + blockIdx.x;
-    int count = lengths ? min(lengths[blockIdx.y], s) : s;
-    int used = (count + PIECE - 1) / PIECE;
-    partial += row * pieces * (size + 2);
-    float peak = FORBIDDEN, total = 0.0f;
-    for (int i = 0; i < used; ++i) peak = fmaxf(peak, partial[int64_t(i) * (size + 2)]);
-    for (int i = 0; i < used; ++i) {
-        const float* piece = partial + int64_t(i) * (size + 2);
-        total += expf(piece[0] - peak) * piece[1];
-    }
-    for (int column = threadIdx.x; column < size; column += THREADS) {
-        float sum = 0.0f;
-        for (int i = 0; i < used; ++i) {
-            const float* piece = partial + int64_t(i) * (size + 2);
-            sum += expf(piece[0] - peak) * piece[2 + column];
-        }
-        context[row * size + column] = narrow<T>(used > 0 ? sum / total : 0.0f);
-    }
+    merge(partial, context, arrived + row, size, (count + PIECE - 1) / PIECE);
 }

@@ -19,8 +19,8 @@ constexpr int KEYS = WARP_SIZE;
 // The parameters are those of attention_prefill; heads have `size` numbers, at most D, and `kind` is the Bias.
 template <class T, int D>
 __global__ void __launch_bounds__(THREADS) attention_plain(
-    const T* query, const T* key, const T* value, T* context, int size, int t, int s, int heads, int64_t batch_stride,
-    int64_t position_stride, float scale, const uint8_t* mask, int64_t mask_batch, int64_t mask_query, const uint8_t* key_mask,
+    const T* query, int64_t query_stride, const T* key, const T* value, T* context, int size, int t, int s, int heads,
+    int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* mask, int64_t mask_batch, int64_t mask_query, const uint8_t* key_mask,
     int64_t key_mask_batch, int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,
     int64_t bias_batch, const int* firsts, int side, int reach, int bidirectional) {
     DYNAMIC_SHARED(float4, memory);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) attention_plain(
     for (int i = lane; i < size; i += WARP_SIZE) {
         float four[EACH];
 #pragma unroll
-        for (int r = 0; r < EACH; ++r) four[r] = widen(query[((int64_t(batch) * t + rows[r]) * heads + head) * size + i]);
+        for (int r = 0; r < EACH; ++r) four[r] = widen(query[(int64_t(batch) * t + rows[r]) * query_stride + head * size + i]);
         queries[i] = {four[0], four[1], four[2], four[3]};
     }
 

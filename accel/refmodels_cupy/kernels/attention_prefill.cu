@@ -45,15 +45,16 @@ __device__ __forceinline__ void copy_tile(T* tile, const T* from, int64_t positi
     }
 }
 
-// query, context [b, t, h, D]; key, value [b, s, h, D] with strides of their own for b and s.
+// query, context [b, t, h, D], the queries with a stride of their own for t (and b, which is t of them); key, value [b, s, h, D]
+// with strides of their own for b and s.
 //
 // A key is permitted if mask[b, t, s] (strides, 0 for an axis of one), key_mask[b, s] and, if `causal`, its number is not above
 // positions[b, t]; null permits. `bias` is null; slopes [h]; T5's table [buckets, h] with `firsts`, `side` and `reach`, see
 // attention.cuh; or an array [b, h, t, s]. The distances are those to `positions`.
 template <class T, int D, int BIAS>
 __global__ void __launch_bounds__(THREADS, 2) attention_prefill(
-    const T* query, const T* key, const T* value, T* context, int t, int s, int heads, int64_t batch_stride,
-    int64_t position_stride, float scale, const uint8_t* mask, int64_t mask_batch, int64_t mask_query, const uint8_t* key_mask,
+    const T* query, int64_t query_stride, const T* key, const T* value, T* context, int t, int s, int heads,
+    int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* mask, int64_t mask_batch, int64_t mask_query, const uint8_t* key_mask,
     int64_t key_mask_batch, int causal, const int* positions, int64_t positions_batch, const float* bias, int64_t bias_batch,
     const int* firsts, int side, int reach, int bidirectional) {
     constexpr int TILE = KEYS * (D + 8);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_prefill(
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int64_t row = int64_t(batch) * t + min(place[i % 2], t - 1);
-            q[k][i] = *reinterpret_cast<const uint32_t*>(query + (row * heads + head) * D + 16 * k + 8 * (i / 2) + 2 * (lane % 4));
+            q[k][i] = *reinterpret_cast<const uint32_t*>(query + row * query_stride + head * D + 16 * k + 8 * (i / 2) + 2 * (lane % 4));
         }
 
     float o[D / 8][4] = {}, total[4] = {}, peak[2] = {FORBIDDEN, FORBIDDEN};

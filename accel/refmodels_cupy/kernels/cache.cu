@@ -7,15 +7,17 @@
 
 constexpr int THREADS = 128;
 
-// out[b, start[b] + i] = x[b * t + i], rows of `width` values that lie `pitch` apart in out [b, capacity, pitch]
+// out[b, start[b] + i] = x[b * t + i], rows of `width` values that lie `from_pitch` apart in x and `pitch` in out [b, capacity,
+// pitch]
 //
 // start is read when the launch runs; null is 0. Nothing is written outside the cache. A second pair is for blocks (i, 1).
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    append(const T* x, T* out, const T* second, T* second_out, const int* start, int t, int width, int pitch, int capacity) {
+    append(const T* x, T* out, const T* second, T* second_out, const int* start, int t, int width, int from_pitch, int pitch,
+           int capacity) {
     int row = blockIdx.x / t, position = blockIdx.x % t + (start ? start[row] : 0);
     if (position < 0 || position >= capacity) return;
-    const T* from = (blockIdx.y ? second : x) + int64_t(blockIdx.x) * width;
+    const T* from = (blockIdx.y ? second : x) + int64_t(blockIdx.x) * from_pitch;
     T* to = (blockIdx.y ? second_out : out) + (int64_t(row) * capacity + position) * pitch;
     for (int i = threadIdx.x; i < width; i += THREADS) to[i] = from[i];
 }

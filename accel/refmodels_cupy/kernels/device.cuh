@@ -306,6 +306,19 @@ __device__ __forceinline__ float block_sum(float x) {
     return total;
 }
 
+// -- between blocks -----------------------------------------------------------------------------------------------------------
+
+// What another block may have written: not from this multiprocessor's own cache.
+__device__ __forceinline__ float of_others(const float* p) {
+#ifdef EMULATED
+    return *p;
+#else
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+    return x;
+#endif
+}
+
 // -- tensor cores -------------------------------------------------------------------------------------------------------------
 
 // d += a b for one 16x8x16 tile of a warp; d in float32. The layout of the fragments is PTX's for mma.m16n8k16: see attention.cu.
@@ -394,7 +407,8 @@ __device__ __forceinline__ void close_copies() {
 #endif
 }
 
-// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this tells.
+// What this thread has begun to copy is in place, but for the last PENDING groups. Of the others' copies a barrier after this
+// tells.
 template <int PENDING>
 __device__ __forceinline__ void await_copies() {
 #ifdef EMULATED

@@ -1,5 +1,5 @@
-// Up to 64 rows times a weight matrix by the tensor cores, and what follows it: bias, activation, gate, residual sum. For decoding,
-// where reading the weights is all the time there is: one read of them serves all rows.
+// Up to 64 rows times a weight matrix by the tensor cores, and what follows it: bias, activation, gate, residual sum. For
+// decoding, where reading the weights is all the time there is: one read of them serves all rows.
 //
 // The weights lie as [n, pitch], one output after the other. A block makes 16 or 32 outputs of all rows. Its 8 warps share out k in
 // tiles of 64 bytes an output, and their sums are added in the end, in the order of the warps:
@@ -56,7 +56,7 @@ struct Operand<int8_t, int8_t> : AsItIs {
     using SUM = int;
 };
 
-// Two of four int8 numbers as halves: `which` says which bytes of the word, and where the high bytes of WHOLE numbers go.
+// Two of four int8 numbers as halves: `which` says which bytes of the word, each below a byte that makes it 1024 or 128 and more.
 template <class X>
 __device__ uint32_t two_int8(uint32_t word, uint32_t which);
 template <>
@@ -94,7 +94,7 @@ template <class X>
 struct Operand<X, int4x2> {
     using SUM = float;
     static constexpr int PARTS = 4, PER = 2;
-    // Of eight numbers the pairs 0 and 4, 1 and 5, 2 and 6, 3 and 7: q - zero, from WHOLE + (q + 8) and `less` = WHOLE + (zero + 8).
+    // Of eight numbers the pairs 0 and 4, 1 and 5, 2 and 6, 3 and 7: q - zero, of WHOLE + (q + 8) and `less`, WHOLE + (zero + 8).
     __device__ static void part(const uint32_t (&piece)[4], int p, uint32_t less, uint32_t (&to)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -150,7 +150,7 @@ __device__ __forceinline__ void products(const X* x, const W* w, const float* sc
 #pragma unroll 1
     for (int slot = 0; slot < SLOTS; ++slot) begin(warp + slot * WARPS, slot);
 
-    // One part of the rows of x ahead of its use, as it comes from the cache.
+    // A part of the rows of x. Where there are registers for it, it is read before the part ahead of it is used.
     constexpr int AHEAD = ROWS > 32 || (GROUPED && ROWS > 8) ? 0 : 1;
     uint32_t values[AHEAD + 1][ROWS / 8][4] = {};
     auto read = [&](int k, int p) {
@@ -220,9 +220,9 @@ __device__ __forceinline__ void products(const X* x, const W* w, const float* sc
 // y[r, j] = residual[r, j] + activation(factor * s(w, scale) + bias[j]) * s(gate, gate_scale)
 //
 // where s is x[r] . w[j], over row_scale[r] * scale[j] of int8 rows, and over scale[j] of int8 weights; an int4 weight is
-// (q - zero) * scale, with scale and zero [n, groups]. x, w and gate have rows of `pitch` values, whole pieces with zeros at the end.
-// bias, gate and residual may be null: 0, no gate, 0. residual and y are of one type. A tile of int4 lies in one group: `block` is a
-// multiple of 128, or there is one group.
+// (q - zero) * scale, with scale and zero [n, groups]. x, w and gate have rows of `pitch` values, whole pieces with zeros at the
+// end. bias, gate and residual may be null: 0, no gate, 0. residual and y are of one type. A tile of int4 lies in one group:
+// `block` is a multiple of 128, or there is one group.
 template <int ROWS, int OUTPUTS, class X, class W>
 __global__ void __launch_bounds__(THREADS, ROWS * Operand<X, W>::PER > 32 ? 1 : 2)
     matmul_few(const X* x, const float* row_scale, const W* w, const float* scale, const int8_t* zero, const W* gate,
@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(THREADS, ROWS * Operand<X, W>::PER > 32 ? 1 : 
     for (int pass = 0; pass < (gate ? 2 : 1); ++pass) {
         SUM sums[OUTPUTS / 16][ROWS / 8][4] = {};
         const float* over = pass ? gate_scale : scale;
-        products<ROWS, OUTPUTS>(x, pass ? gate : w, over, pass ? gate_zero : zero, first, rows, n, pitch, block, groups, queue, sums);
+        products<ROWS, OUTPUTS>(x, pass ? gate : w, over, pass ? gate_zero : zero, first, rows, n, pitch, block, groups, queue,
+                                sums);
         __syncthreads();  // all weights of the queue have been used
 #pragma unroll
         for (int m = 0; m < OUTPUTS / 16; ++m)

@@ -1,5 +1,5 @@
-// A few rows times a weight matrix, and what follows it: bias, activation, gate, residual sum. For decoding, where reading the
-// weights is all the time there is.
+// A few rows times a weight matrix, and what follows it: bias, activation, gate, residual sum. For what matmul_few.cu does not
+// take: rows of float32, and int4 weights in small groups.
 //
 // The weights lie as [n, pitch], one output after the other, filled up with zeros to whole pieces (weights.py turns them when a
 // model is loaded). A warp makes OUTPUTS outputs for ROWS rows of x; a lane reads a piece of each output's weights at a time:
@@ -11,16 +11,26 @@
 //     a piece       float32: 8 values     f16, bf16: 8     int8: 16     int4: 32, two in a byte     (16 bytes, or 32 of float32)
 //
 // Each lane sums its own products from left to right, each rounded once (fma), then the 32 sums are added as a tree: one order,
-// which no number of rows or outputs changes, so a row's bits do not depend on its batch.
+// which no number of rows or outputs changes, so a row's bits do not depend on its batch. Of int4 it sums eight at a time, which
+// have one scale.
+//
+// To keep 4.8 TB/s of an H200 busy for the 700 ns or so that memory takes, each of its 132 multiprocessors has to have 25 KB under
+// way: a lane asks for 64 bytes before it uses the first, a warp for 2 KB, and 16 warps are enough. Four warps a block, so that 768
+// outputs are already more blocks than multiprocessors. The same 4.8 TB/s are 20 bytes a multiprocessor and cycle, which has 128
+// instructions of a lane for them: 5 float32 weights, 10 of half precision, 20 of int8, 41 of int4. An instruction that makes an
+// integer a float is done 16 times a cycle on some GPUs, too seldom. So the integer becomes the last bits of 2**23 + q,
+// whose last place is 1, and 2**23 is taken away: int8 weights take three instructions with the product and keep up, int4
+// weights four and reach three quarters.
 #include "device.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 4;
 
-// What a lane reads at once of a row of weights: WORDS words in memory, PARTS times 8 values; PER values in an element.
+// What a lane reads at once of a row of weights: WORDS words in memory, PARTS times 8 values; PER values in an element. int4 numbers
+// come without their zero: `less` is 2**23 + 8 + zero.
 template <class W>
 struct Piece {  // f16, bf16
     static constexpr int WORDS = 4, PARTS = 1, PER = 1;
-    __device__ static void part(const uint32_t (&words)[WORDS], int, float (&out)[8]) {
+    __device__ static void part(const uint32_t (&words)[WORDS], int, float, float (&out)[8]) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) out[e] = widen(W{uint16_t(words[e / 2] >> (16 * (e % 2)))});
     }
@@ -28,7 +38,7 @@ struct Piece {  // f16, bf16
 template <>
 struct Piece<float> {
     static constexpr int WORDS = 8, PARTS = 1, PER = 1;
-    __device__ static void part(const uint32_t (&words)[WORDS], int, float (&out)[8]) {
+    __device__ static void part(const uint32_t (&words)[WORDS], int, float, float (&out)[8]) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) out[e] = __int_as_float(int(words[e]));
     }
@@ -36,17 +46,20 @@ struct Piece<float> {
 template <>
 struct Piece<int8_t> {
     static constexpr int WORDS = 4, PARTS = 2, PER = 1;
-    __device__ static void part(const uint32_t (&words)[WORDS], int p, float (&out)[8]) {
+    __device__ static void part(const uint32_t (&words)[WORDS], int p, float, float (&out)[8]) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) out[e] = float(int8_t(words[2 * p + e / 4] >> (8 * (e % 4))));
+        for (int e = 0; e < 8; ++e) {
+            uint32_t raised = __byte_perm(words[2 * p + e / 4] ^ 0x80808080, 0x4b000000, 0x7650 + e % 4);  // 2**23 + (q + 128)
+            out[e] = __int_as_float(int(raised)) - 8388736.0f;
+        }
     }
 };
 template <>
 struct Piece<int4x2> {
     static constexpr int WORDS = 4, PARTS = 4, PER = 2;
-    __device__ static void part(const uint32_t (&words)[WORDS], int p, float (&out)[8]) {
+    __device__ static void part(const uint32_t (&words)[WORDS], int p, float less, float (&out)[8]) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) out[e] = float(int(words[p] << (28 - 4 * e)) >> 28);  // up to the sign bit and down again
+        for (int e = 0; e < 8; ++e) out[e] = __int_as_float(int((words[p] >> (4 * e) & 15) ^ 0x4b000008)) - less;
     }
 };
 
@@ -56,45 +69,53 @@ template <int ROWS, int OUTPUTS, class X, class W>
 __device__ __forceinline__ void products(const X* x, int first, int rows, const W* w, const float* scale, const int8_t* zero,
                                          int64_t j, int n, int pitch, int block, int groups, float (&sums)[OUTPUTS][ROWS]) {
     using P = Piece<W>;
-    constexpr int VALUES = 8 * P::PARTS;
-    [[maybe_unused]] constexpr int AHEAD = ROWS * P::PARTS > 2 ? 1 : 4;
+    constexpr int VALUES = 8 * P::PARTS, STRIDE = VALUES * WARP_SIZE;
+    constexpr int AHEAD = P::WORDS * OUTPUTS < 16 ? 16 / (P::WORDS * OUTPUTS) : 1;
+    constexpr bool GROUPED = P::PER == 2;
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) sums[o][r] = 0.0f;
-#pragma unroll AHEAD
-    for (int i = VALUES * int(threadIdx.x % WARP_SIZE); i < pitch; i += VALUES * WARP_SIZE) {
-        uint32_t words[OUTPUTS][P::WORDS];
+#pragma unroll 1
+    for (int begin = VALUES * int(threadIdx.x % WARP_SIZE); begin < pitch; begin += AHEAD * STRIDE) {
+        uint32_t words[AHEAD][OUTPUTS][P::WORDS];
 #pragma unroll
-        for (int o = 0; o < OUTPUTS; ++o) {
-            auto piece = reinterpret_cast<const uint4*>(w + (min(j + o, int64_t(n - 1)) * pitch + i) / P::PER);
-#pragma unroll
-            for (int q = 0; q < P::WORDS / 4; ++q) {
-                uint4 four = piece[q];
-                words[o][4 * q] = four.x, words[o][4 * q + 1] = four.y, words[o][4 * q + 2] = four.z, words[o][4 * q + 3] = four.w;
-            }
-        }
-#pragma unroll
-        for (int p = 0; p < P::PARTS; ++p) {
-            float weights[OUTPUTS][8];
+        for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
             for (int o = 0; o < OUTPUTS; ++o) {
-                P::part(words[o], p, weights[o]);
-                if constexpr (P::PER == 2) {  // (q - zero) * scale
-                    int64_t group = min(j + o, int64_t(n - 1)) * groups + min((i + 8 * p) / block, groups - 1);
-                    float z = float(zero[group]), s = scale[group];
+                if (begin + a * STRIDE >= pitch) break;
+                auto piece = reinterpret_cast<const uint4*>(w + (min(j + o, int64_t(n - 1)) * pitch + begin + a * STRIDE) / P::PER);
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) weights[o][e] = (weights[o][e] - z) * s;
+                for (int q = 0; q < P::WORDS; q += 4) {
+                    uint4 four = streamed(piece + q / 4);
+                    words[a][o][q] = four.x, words[a][o][q + 1] = four.y, words[a][o][q + 2] = four.z, words[a][o][q + 3] = four.w;
                 }
+            }
+#pragma unroll
+        for (int part = 0; part < AHEAD * P::PARTS; ++part) {
+            int a = part / P::PARTS, p = part % P::PARTS, i = begin + a * STRIDE + 8 * p;
+            if (begin + a * STRIDE >= pitch) break;
+            float weights[OUTPUTS][8], by[OUTPUTS];
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; ++o) {
+                float less = 0.0f;
+                if constexpr (GROUPED) {
+                    int64_t group = min(j + o, int64_t(n - 1)) * groups + min(i / block, groups - 1);
+                    less = 8388616.0f + float(zero[group]), by[o] = scale[group];
+                }
+                P::part(words[a][o], p, less, weights[o]);
             }
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 float values[8];
-                eight(x + int64_t(min(first + r, rows - 1)) * pitch + i + 8 * p, values);
+                eight(x + int64_t(min(first + r, rows - 1)) * pitch + i, values);
 #pragma unroll
-                for (int o = 0; o < OUTPUTS; ++o)
+                for (int o = 0; o < OUTPUTS; ++o) {
+                    float sum = GROUPED ? 0.0f : sums[o][r];
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) sums[o][r] = __fmaf_rn(values[e], weights[o][e], sums[o][r]);
+                    for (int e = 0; e < 8; ++e) sum = __fmaf_rn(values[e], weights[o][e], sum);
+                    sums[o][r] = GROUPED ? __fmaf_rn(by[o], sum, sums[o][r]) : sum;
+                }
             }
         }
     }
@@ -110,7 +131,7 @@ __device__ __forceinline__ void products(const X* x, int first, int rows, const 
 // int8 weights scale [n] is what they are divided by; of int4 scale and zero are [n, groups], and a weight is (q - zero) * scale.
 // residual and y are of one type.
 template <int ROWS, int OUTPUTS, class X, class W>
-__global__ void __launch_bounds__(WARPS * WARP_SIZE)
+__global__ void __launch_bounds__(WARPS * WARP_SIZE, ROWS > 1 ? 2 : 4)
     matvec(const X* x, const W* w, const float* scale, const int8_t* zero, const W* gate, const float* gate_scale,
            const int8_t* gate_zero, const void* bias, int bias_type, const void* residual, void* y, int y_type, int rows, int n,
            int pitch, int block, int groups, float factor, int activation) {

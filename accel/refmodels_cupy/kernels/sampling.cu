@@ -8,7 +8,8 @@
 //     TOP_P    a token's weight        top_p * the sum of all           the last place that is kept of those
 //     DRAW     the same, from min_p    uniform * the sum of all         the token
 //
-// A weight is exp((score - best score) / temperature), an integer in units of 2**-44 or finer: its sums are the same in any order.
+// A weight is exp((score - best score) / temperature) as an integer, in units of 2**-44 for 2**18 tokens and finer for fewer: its
+// sums are exact, and the same in any order.
 // A search finds a place by its digits of 10 bits, the highest first, each by a launch over all tokens and the begin of the next:
 //
 //     launch of a digit     | part 0: 2048 tokens | part 1 | ... |    blockIdx.x, a block each; blockIdx.y is the row
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(THREADS) best_of_rows(uint64_t* memory, int64_
     if (threadIdx.x == 0) tokens[blockIdx.x] = id_of(best, id_bits);
 }
 
-// The place's next digit and the rest of the goal, out of the sums for each digit. The goal of a search is the rows' share of
-// the first digit's sums, `count` of them or else the `fraction`; if they are not that many, the last that has an amount.
+// The next digit of a place and the rest of the goal, out of the sums for each digit. The first digit's add up to all there is,
+// so that the goal is set there: count - 1 or a fraction of all, but less than all, which the last place of some amount exceeds.
 __device__ __forceinline__ void find_digit(Search& search, const uint64_t* sums, bool first, bool counted, int64_t count,
                                            double fraction) {
     SHARED(Search, next, [1]);
