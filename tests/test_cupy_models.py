@@ -231,6 +231,24 @@ def test_quantised_models(compiled, family, mode):
     assert device.forbidden == []
 
 
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_prompts_of_many_rows(compiled, family, mode):
+    """More rows than the kernels for a few take at once, and so many that the last part is smaller."""
+    got, generator = [], np.random.default_rng(3)
+    ids, real = generator.integers(0, 24, (ROWS, 23)), np.ones((ROWS, 23), bool)
+    for accelerator in (None, Cupy(Counting(compiled, orders=ONE_ORDER))):
+        backbone = model(family, accelerator, "bfloat16")
+        if mode:
+            backbone.quantize(mode, **({"block_size": 128} if mode == "int4" else {}))
+        with backbone.running():
+            rows = (backbone.on_device(SOURCE), backbone.on_device(SOURCE > 0)) if family == "t5" else (ROWS,)
+            cache = backbone.new_cache(*rows, 23)
+        got.append(np.asarray(backbone.prefill(ids, real, np.full(ROWS, 23), cache), np.float32))
+    wanted, found = got
+    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)  # bfloat16, whose roundings flip int8's
+
+
 @pytest.fixture(scope="module")
 def opt(compiled):
     """A model on the device, and the same without."""

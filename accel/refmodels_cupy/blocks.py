@@ -16,15 +16,13 @@ from refmodels.ops.position import token_positions
 from refmodels.ops.precision import compute_dtype, numpy_dtype
 from refmodels_cupy.attention import MOST_BLOCKS, ROOMS, attend
 from refmodels_cupy.cache import append, filled
-from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.elementwise import COMBINATIONS
-from refmodels_cupy.elementwise import THREADS as ELEMENTWISE_THREADS
-from refmodels_cupy.linear import ACTIVATIONS, MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, stored
+from refmodels_cupy.device import Device
+from refmodels_cupy.elementwise import elementwise
+from refmodels_cupy.linear import MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
 from refmodels_cupy.norm import norm
 from refmodels_cupy.program import Recorder
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
-from refmodels_cupy.source import form
 from refmodels_cupy.weights import TOGETHER, Matrix
 
 
@@ -82,18 +80,18 @@ class Block:
         name = "reverse_embeddings" if "reverse_embeddings" in table else "embeddings"
         weights = _weights(table, name)
         if scale != 1.0 and weights.is_integer:  # the integers are those of the scaled rows
-            hidden, scale = self._elementwise(hidden, factor=scale), 1.0
+            hidden, scale = elementwise(self.device, hidden, factor=scale), 1.0
         return self._product(self._inputs(hidden, table, name), weights, None, None, factor=scale)
 
     def _inputs(self, x: Any, p: Params, name: str = "kernel") -> tuple[Any, Any]:
-        """What products with these weights read: the rows, or their int8 numbers and scales. Few have zeros up to the pitch."""
+        """What products with these weights read: the rows, with zeros up to the pitch, or their int8 numbers and scales."""
         weights = _weights(p, name)
         pitch = weights.matrix.pitch
         if weights.is_integer:
             values, scale = self.device.empty((len(x), pitch), np.int8), self.device.empty((len(x),), np.float32)
             rows_to_int8(self.device, x, scale, values)
             return values, scale
-        if x.shape[1] == pitch or len(x) > MOST:
+        if x.shape[1] == pitch or not _by_own_kernels(x, weights.matrix):
             return x, None
         wider = self.device.empty((len(x), pitch), x.dtype)
         wider[...] = 0
@@ -106,34 +104,32 @@ class Block:
         weights: "Weights",
         gate: "Weights | None",
         dtype: str | None,
+        *,
+        residual: Any = None,
         **finish: Any,
     ) -> Any:
         (x, row_scale), w = inputs, weights.matrix
         y = self.device.empty((len(x), w.n), numpy_dtype(dtype) if dtype else self.dtype)
-        scales = {"row_scale": row_scale, "scale": weights.scale, "bias": weights.bias}
-        if len(x) <= MOST:
+        finish |= {"scale": weights.scale, "bias": weights.bias}
+        by_row = {"row_scale": row_scale, "residual": residual}
+        if _by_own_kernels(x, w):
             gated = {} if gate is None else {"gate": gate.matrix, "gate_scale": gate.scale}
-            self.products.fused(x, w, y, **scales, **gated, **finish)
+            for begin in range(0, len(x), MOST):
+                part = slice(begin, begin + MOST)
+                rows: dict[str, Any] = {name: None if array is None else array[part] for name, array in by_row.items()}
+                self.products.fused(x[part], w, y[part], **rows, **gated, **finish)
             return y
         # int8 numbers are exact in half precision, what int4 numbers stand for is not
         common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
-        self.products.finish(self.products.sums(x.astype(common, copy=False), w.widened(common)), y, **scales, **finish)
+        sums = self.products.sums(x.astype(common, copy=False), w.widened(common))
+        self.products.finish(sums, y, **by_row, **finish)
         if gate is None:
             return y
-        return self._elementwise(y, self._product(inputs, gate, None, dtype), combination="multiply")
+        return elementwise(self.device, y, self._product(inputs, gate, None, dtype), combination="multiply")
 
     def sum(self, x: Any, other: Any) -> Any:
         """x + other, in the type of x."""
-        return self._elementwise(x, other, combination="add")
-
-    def _elementwise(self, x: Any, other: Any = None, *, combination: str = "alone", factor: float = 1.0) -> Any:
-        y = self.device.empty(x.shape, x.dtype)
-        kernel = form("elementwise", x.dtype.name, (x if other is None else other).dtype.name)
-        operation = (np.int32(COMBINATIONS[combination]), np.float32(factor), np.int32(ACTIVATIONS["linear"]))
-        arguments = (x, other, y, np.int64(x.size), *operation)
-        blocks = (-(-x.size // ELEMENTWISE_THREADS), 1, 1)
-        self.device.launch(Launch("elementwise.cu", kernel, blocks, (ELEMENTWISE_THREADS, 1, 1), arguments))
-        return y
+        return elementwise(self.device, x, other, combination="add")
 
     # -- tokens and positions -------------------------------------------------------------------------------------------------
 
@@ -172,6 +168,11 @@ class Weights:
     scale: Any
     bias: Any
     is_integer: bool
+
+
+def _by_own_kernels(x: Any, w: Matrix) -> bool:
+    """Whether `Products.fused` multiplies them, so many rows at a time as it takes; cuBLAS has no product for int4 weights."""
+    return len(x) <= MOST or (w.kind == "int4" and by_tensor_cores(x, w))
 
 
 def _weights(p: Params, name: str = "kernel") -> Weights:

@@ -16,21 +16,31 @@ COMBINATIONS = {"alone": 0, "add": 1, "multiply": 2}
 FORMS = [("elementwise.cu", form("elementwise", x, other)) for x in STORED for other in STORED]
 
 
+def elementwise(
+    device: Device, x: Any, other: Any = None, *, combination: str = "alone", factor: float = 1.0, activation: str = "linear"
+) -> Any:
+    """activation(factor * x), or of x + other or x * other, by the names in `COMBINATIONS`; in the type of x.
+
+    x and other are alike in shape, not empty, contiguous, each of its own type: float32, float16 or bfloat16.
+    """
+    y = device.empty(x.shape, x.dtype)
+    operation = (np.int32(COMBINATIONS[combination]), np.float32(factor), np.int32(ACTIVATIONS[activation]))
+    types = form("elementwise", x.dtype.name, (x if other is None else other).dtype.name)
+    arguments, blocks = (x, other, y, np.int64(x.size), *operation), (-(-x.size // THREADS), 1, 1)
+    device.launch(Launch("elementwise.cu", types, blocks, (THREADS, 1, 1), arguments))
+    return y
+
+
 def register(accelerator: Accelerator, device: Device) -> None:
     """Kernels for the ops of `refmodels.ops.elementwise`."""
     xp = device.xp
 
-    def each(x: Any, other: Any = None, *, combination: str = "alone", factor: float = 1.0, activation: str = "linear") -> Any:
-        y, count = device.empty(x.shape, x.dtype), np.int64(x.size)
-        if y.size:
-            first, second = xp.ascontiguousarray(x), None
-            if other is not None:
-                second = xp.ascontiguousarray(xp.broadcast_to(other, x.shape))
-            operation = (np.int32(COMBINATIONS[combination]), np.float32(factor), np.int32(ACTIVATIONS[activation]))
-            types = form("elementwise", x.dtype.name, (x if second is None else second).dtype.name)
-            blocks = (-(-x.size // THREADS), 1, 1)
-            device.launch(Launch("elementwise.cu", types, blocks, (THREADS, 1, 1), (first, second, y, count, *operation)))
-        return y
+    def each(x: Any, other: Any = None, **how: Any) -> Any:
+        if not x.size:
+            return device.empty(x.shape, x.dtype)
+        if other is not None:
+            other = xp.ascontiguousarray(xp.broadcast_to(other, x.shape))
+        return elementwise(device, xp.ascontiguousarray(x), other, **how)
 
     @accelerator.kernel(ops.add, when=narrow_types)
     def add(x: Any, y: Any) -> Any:
