@@ -115,9 +115,7 @@ class Block:
             gated = {} if gate is None else {"gate": gate.matrix, "gate_scale": gate.scale}
             self.products.fused(x, w, y, **scales, **gated, **finish)
             return y
-        # int8 numbers are exact in half precision, what int4 numbers stand for is not
-        common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
-        self.products.finish(self.products.sums(x.astype(common, copy=False), w.widened(common)), y, **scales, **finish)
+        self.products.many(x, w, y, **scales, **finish)
         if gate is None:
             return y
         return self._elementwise(y, self._product(inputs, gate, None, dtype), combination="multiply")
