@@ -1,4 +1,4 @@
-"""The CuPy accelerator but for attention, on a device that is this CPU: conformance, weights, planted faults, models."""
+"""The CuPy accelerator but for attention, on a device that is this CPU: conformance, weights, planted faults."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from refmodels_cupy.linear import MOST, OUTPUTS
 from refmodels_cupy.source import DIRECTORY
 from refmodels_cupy.weights import Matrix
 
-from refmodels import BloomCausalLM, OPTCausalLM, T5Seq2SeqLM, use
+from refmodels import use
 from refmodels.conformance import check_accelerator
 from refmodels.numerics import judge
 from refmodels.op import OPS
@@ -265,26 +265,3 @@ def test_a_row_that_is_not_there_is_nan(cupy):
         y = embedding(np.array([1, 3, -1]), np.ones((3, 4), np.float32))
     assert np.isnan(y[1:]).all()
     assert (y[0] == 1).all()
-
-
-# -- models -------------------------------------------------------------------------------------------------------------------
-
-MODELS = {
-    "opt_tiny_stdlib": (OPTCausalLM, "import"),
-    "bloom_tiny_stdlib": (BloomCausalLM, "def f"),
-    "t5_tiny_numbers": (T5Seq2SeqLM, "spell: 42"),
-}
-
-
-@pytest.mark.parametrize("preset", MODELS)
-@pytest.mark.parametrize(("dtype", "mode"), [("float32", None), ("bfloat16", None), ("float32", "int8"), ("float32", "int4")])
-def test_models_say_the_same(compiled, preset, dtype, mode):
-    cls, prompt = MODELS[preset]
-    cupy = Cupy(Emulated(compiled, orders=(0,)))
-    here, there = (cls.from_preset(preset, dtype=dtype, accelerator=accelerator) for accelerator in (None, cupy))
-    for model in (here, there):
-        if mode:
-            model.quantize(mode)
-    assert there.generate(prompt, max_new_tokens=4) == here.generate(prompt, max_new_tokens=4)
-    assert not cupy.crossings
-    assert any(form.startswith(("matvec", "matmul_few")) for form in cupy.device.launches)
