@@ -74,7 +74,7 @@ class Device(Protocol):
         """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
 
         Of int8 the sums are int32; then b is transposed, and the size that is summed over must be a multiple of 4.
-        `out`, contiguous, takes the result, rounded to its type: that of a and b, or the sums'; with `add` on top of what is there.
+        `out`, contiguous, takes the result, rounded to its type, that of a and b or of the sums; with `add` on top of what it held.
         """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
