@@ -98,7 +98,7 @@ def test_many_keys(device, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["attention_scores", "masked_softmax", "attention_context", "attention"])
 def test_conformance(device, monkeypatch, name, dtype):
-    monkeypatch.setattr(drawing, "ROOM", 2**11)  # a thread costs a microsecond here
+    monkeypatch.setattr(drawing, "ROOM", 2**10)  # a thread costs a microsecond here
     monkeypatch.setattr(drawing, "TILES", (8, 16, 32))
     accelerator = Accelerator("kernels", dtypes=(dtype,))
     attention.register(accelerator, device)

@@ -220,7 +220,7 @@ FAULTS = {
     "no scale": ("matvec.cu", "Piece<W>::PARTS == 2 ? over", "Piece<W>::PARTS == 3 ? over", weight_eight_bits(1)),
     "int8 without a sign": ("matvec.cu", "^ 0x80808080", "", weight_eight_bits(1)),
     "one scale for all rows": ("matmul_few.cu", "row_scale, row,", "row_scale, 0,", eight_bits(4)),
-    "the first column's scale": ("epilogue.cu", "row_scale, r, scale, j", "row_scale, r, scale, 0", eight_bits(MOST + 1)),
+    "the first column's scale": ("epilogue.cu", "row_scale, row, scale, j", "row_scale, row, scale, 0", eight_bits(MOST + 1)),
     "bias of another type": ("epilogue.cu", "{bias, bias_type,", "{bias, 1,", plain(MOST + 1)),
     "ties away from zero": ("quantize.cu", "rintf(", "roundf(", with_ties()),
     "a warp's largest value": ("quantize.cu", "block_max<THREADS>(largest)", "warp_max(largest)", one_large_value()),

@@ -104,9 +104,9 @@ class Counting(Emulated):
         self._may("to_device")
         return super().to_device(array)
 
-    def product(self, a, b, *, transposed=False):
+    def product(self, *args, **kwargs):
         self._may("product")
-        return super().product(a, b, transposed=transposed)
+        return super().product(*args, **kwargs)
 
     def captured(self, launches):
         play = super().captured(launches)

@@ -119,10 +119,7 @@ class Block:
                 rows: dict[str, Any] = {name: None if array is None else array[part] for name, array in by_row.items()}
                 self.products.fused(x[part], w, y[part], **rows, **gated, **finish)
             return y
-        # int8 numbers are exact in half precision, what int4 numbers stand for is not
-        common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
-        sums = self.products.sums(x.astype(common, copy=False), w.widened(common))
-        self.products.finish(sums, y, **by_row, **finish)
+        self.products.many(x, w, y, **by_row, **finish)
         if gate is None:
             return y
         return elementwise(self.device, y, self._product(inputs, gate, None, dtype), combination="multiply")

@@ -70,10 +70,12 @@ class Device(Protocol):
     def launch(self, launch: Launch) -> None:
         """Put one launch into the queue."""
 
-    def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
+    def product(self, a: Any, b: Any, *, transposed: bool = False, out: Any = None, add: bool = False) -> Any:
         """a @ b, or a @ b.T, for matrices of one type, summed in float32 (float64 for float64) and given as that.
 
         Of int8 the sums are int32; then b is transposed, and the size that is summed over must be a multiple of 4.
+        `out`, contiguous, takes the result, rounded to its type, that of a and b or of the sums; with `add` on top of what it
+        held.
         """
 
     def captured(self, launches: Sequence[Launch]) -> Callable[[], None]:
@@ -250,19 +252,22 @@ class Gpu:
 
     # -- products -------------------------------------------------------------------------------------------------------------
 
-    def product(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
+    def product(self, a: Any, b: Any, *, transposed: bool = False, out: Any = None, add: bool = False) -> Any:
         (m, k), n = a.shape, b.shape[0 if transposed else 1]
         wide = {"float64": np.float64, "int8": np.int32}.get(a.dtype.name, np.float32)
         with self.working():
             if 0 in (m, n, k):
-                return self.xp.zeros((m, n), wide)
+                c = self.xp.empty((m, n), wide) if out is None else out
+                if not add:
+                    c.fill(0)
+                return c
             if wide is np.int32 and n % 4:  # cuBLAS multiplies int8 by rows in fours
                 rows = self.xp.zeros((n + -n % 4, k), b.dtype)
                 rows[:n] = b
                 return self.xp.ascontiguousarray(self.product(a, rows, transposed=True)[:, :n])
             a, b = self.xp.ascontiguousarray(a), self.xp.ascontiguousarray(b)
-            c = self.xp.empty((m, n), wide)
-            one, zero = np.ones(1, wide), np.zeros(1, wide)
+            c = self.xp.empty((m, n), wide) if out is None else out
+            one, onto = np.ones(1, wide), np.full(1, add, wide)
             cublas, codes = self.xp.cuda.cublas, self._codes
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
@@ -273,7 +278,7 @@ class Gpu:
                 one.ctypes.data,
                 *(b.data.ptr, codes[b.dtype.name], k if transposed else n),
                 *(a.data.ptr, codes[a.dtype.name], k),
-                zero.ctypes.data,
+                onto.ctypes.data,
                 *(c.data.ptr, codes[c.dtype.name], n),
                 self._arithmetic(a.dtype.name),
                 cublas.CUBLAS_GEMM_DEFAULT,

@@ -28,7 +28,7 @@ QUEUE = 64 * 1024
 
 VECTOR_THREADS = 128
 TENSOR_THREADS = 256
-EPILOGUE_THREADS = 256
+EPILOGUE_THREADS, EPILOGUE_COLUMNS = 256, 2048
 EMBEDDING_THREADS = 128
 
 STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -109,7 +109,7 @@ class Products:
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
         # What int4 numbers stand for is exact in float32 alone, which is slow: of many rows matmul_few.cu makes MOST at a time.
         if rows > MOST and not (w.kind == "int4" and by_tensor_cores(flat, w)):
-            self._many(flat, w, y, bias, scale, factor)
+            self.many(flat, w, y, bias=bias, scale=scale, factor=factor)
             return y
         if not by_tensor_cores(flat, w) and stored(w) not in WEIGHTS[flat.dtype.name]:
             flat = flat.astype(np.float32)
@@ -156,11 +156,36 @@ class Products:
             launched = form("matvec", each, outputs, x.dtype.name, stored(w))
             self.device.launch(Launch("matvec.cu", launched, blocks, (VECTOR_THREADS, 1, 1), (x, *arguments)))
 
-    def _many(self, x: Any, w: Matrix, y: Any, bias: Any, scale: Any, factor: float) -> None:
+    def many(
+        self,
+        x: Any,
+        w: Matrix,
+        y: Any,
+        *,
+        row_scale: Any = None,
+        bias: Any = None,
+        scale: Any = None,
+        factor: float = 1.0,
+        activation: str = "linear",
+        residual: Any = None,
+    ) -> None:
+        """What `fused` makes without a gate, of any number of rows, by cuBLAS. Rows need no zeros behind the inputs."""
+        plain = scale is None and row_scale is None and (factor, activation) == (1.0, "linear")
+        as_it_is = plain and w.kind == x.dtype.name
+        exact = bias is None or y.dtype in (bias.dtype, np.float32)
+        if as_it_is and exact and y.dtype in (x.dtype, np.float32):
+            # cuBLAS adds to what is there, and rounds once: the sums need not be written and read again.
+            added = bias is not None or residual is not None
+            if added:
+                self.finish(None, y, bias=bias, residual=residual)
+            self.device.product(self.filled(x, w.pitch), w.rows, transposed=True, out=y, add=added)
+            return
         # int8 numbers are exact in half precision, what int4 numbers stand for is not
         common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
         sums = self.sums(x.astype(common, copy=False), w.widened(common))
-        self.finish(sums, y, bias=bias, scale=scale, factor=factor)
+        self.finish(
+            sums, y, row_scale=row_scale, bias=bias, scale=scale, factor=factor, activation=activation, residual=residual
+        )
 
     def sums(self, x: Any, weights: Any) -> Any:
         """x @ weights.T for weights [n, pitch] with zeros behind the inputs."""
@@ -186,12 +211,16 @@ class Products:
         activation: str = "linear",
         residual: Any = None,
     ) -> None:
-        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which is residual's."""
-        rows, n = sums.shape
-        sizes = (np.int32(rows), np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
+        """y = residual + activation(factor * sums / (row_scale * scale) + bias), rounded to y's type, which is residual's.
+
+        Sums of None are 0.
+        """
+        n = y.shape[-1]
+        rows = y.size // n
+        sizes = (np.int32(n), np.float32(factor), np.int32(ACTIVATIONS[activation]))
         arguments = (sums, row_scale, scale, *typed(bias), residual, *typed(y), *sizes)
-        blocks = (-(-rows * n // EPILOGUE_THREADS), 1, 1)
-        launched = form("epilogue", sums.dtype.name)
+        blocks = (rows, -(-n // EPILOGUE_COLUMNS), 1)
+        launched = form("epilogue", "float32" if sums is None else sums.dtype.name)
         self.device.launch(Launch("epilogue.cu", launched, blocks, (EPILOGUE_THREADS, 1, 1), arguments))
 
     def rows(

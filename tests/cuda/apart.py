@@ -77,6 +77,6 @@ class EmulatedApart(Emulated):
         checked("launch", *(getattr(argument, "array", argument) for argument in launch.arguments))
         super().launch(launch)
 
-    def product(self, a, b, *, transposed=False):
-        checked("product", a, b)
-        return apart(Emulated.product(Emulated(self.cache), plain(a), plain(b), transposed=transposed))
+    def product(self, a, b, *, out=None, **how):
+        checked("product", a, b, out)
+        return apart(Emulated.product(Emulated(self.cache), plain(a), plain(b), out=plain(out), **how))

@@ -152,12 +152,16 @@ class Emulated:
         kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float, "uint32": ctypes.c_uint32}
         return kinds[argument.dtype.name](argument.item())
 
-    def product(self, a, b, *, transposed=False):
-        if a.dtype == np.int8:
-            return self.product(a.astype(np.float64), b.astype(np.float64), transposed=transposed).astype(np.int32)
-        wide = np.float64 if a.dtype == np.float64 else np.float32
+    def product(self, a, b, *, transposed=False, out=None, add=False):
+        kind = {"int8": np.int32, "float64": np.float64}.get(a.dtype.name, np.float32)
+        wide = np.float64 if kind is np.int32 else kind  # of NumPy's products only those of floats are fast
+        assert out is None or (out.dtype in (a.dtype, kind) and out.flags.c_contiguous)
         a, b = a.astype(wide), b.astype(wide)
-        return a @ (b.T if transposed else b)
+        sums = (a @ (b.T if transposed else b)).astype(kind)
+        if out is None:
+            return sums
+        out[...] = sums + out.astype(kind) if add else sums
+        return out
 
     def captured(self, launches):
         launches = list(launches)

@@ -371,8 +371,11 @@ class StandIn:
         second = columns(b, b_type, *((n, k) if transb else (k, n)), ldb)
         result = columns(c, c_type, m, n, ldc)
         assert columns(alpha, scale, 1, 1, 1)[0, 0] == 1
-        assert columns(beta, scale, 1, 1, 1)[0, 0] == 0
+        onto = columns(beta, scale, 1, 1, 1)[0, 0]
+        assert onto in (0, 1)
+        assert c_type in (a_type, scale)
         wide = "int64" if compute == 72 else "float64"
         first, second = (part.astype(wide) for part in (first, second))
-        result[...] = (first.T if transa else first) @ (second.T if transb else second)
+        product = (first.T if transa else first) @ (second.T if transb else second)
+        result[...] = product + result.astype(wide) if onto else product
         self.products.append(compute)

@@ -1,21 +1,28 @@
-// What follows a large matrix product, whose sums cuBLAS leaves in float32 (or int32): scales, bias, activation, residual sum, and
-// the one rounding to the result's type.
+// What stands before or behind a large matrix product. Behind it: cuBLAS leaves its sums in float32 (or int32), and scales, bias,
+// activation, residual sum and the one rounding to the result's type follow. Before it: without sums, residual and bias are laid
+// down for cuBLAS to add to.
 //
-//     sums[rows, n]   one value a thread, one after the other
+//     row 0    block (0, 0): 2048 columns, thread 0 has the columns 0, 256, 512 .. | block (0, 1) ..
+//     row 1    block (1, 0)
 #include "device.cuh"
 
 constexpr int THREADS = 256;
+constexpr int EACH = 8;  // columns of a thread
 
 // y[r, j] = residual[r, j] + activation(factor * sums[r, j] / (row_scale[r] * scale[j]) + bias[j])
 //
-// row_scale, scale, bias and residual may be null: 1, 1, 0, 0. residual and y are of one type.
+// sums, row_scale, scale, bias and residual may be null: 0, 1, 1, 0, 0. residual and y are of one type.
 template <class S>
 __global__ void __launch_bounds__(THREADS)
     epilogue(const S* sums, const float* row_scale, const float* scale, const void* bias, int bias_type, const void* residual,
-             void* y, int y_type, int rows, int n, float factor, int activation) {
-    int64_t place = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-    if (place >= int64_t(rows) * n) return;
-    int r = int(place / n), j = int(place % n);
+             void* y, int y_type, int n, float factor, int activation) {
+    int row = blockIdx.x;
     Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
-    finish(r, j, rescaled(float(sums[place]), row_scale, r, scale, j));
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        int j = (int(blockIdx.y) * EACH + i) * THREADS + int(threadIdx.x);
+        if (j >= n) continue;
+        float sum = sums ? float(sums[int64_t(row) * n + j]) : 0.0f;
+        finish(row, j, rescaled(sum, row_scale, row, scale, j));
+    }
 }
