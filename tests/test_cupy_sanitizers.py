@@ -7,6 +7,7 @@ import pytest
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.attention import attend, relative_table
 from refmodels_cupy.device import Launch
+from refmodels_cupy.linear import Products
 from refmodels_cupy.source import DIRECTORY, kernels
 from sanitized import Keeping, run, written_down
 
@@ -24,7 +25,7 @@ MODELS = [
 
 @pytest.fixture
 def kept(compiled, monkeypatch):
-    """Launches of every kernel: those of all ops, of the models, and of attention in head sizes that these do not have."""
+    """Launches of every kernel: of all ops, of the models, of attention in other head sizes, and behind large products."""
     monkeypatch.setattr(drawing, "ROOM", 2**9)
     device = Keeping(compiled)
     cupy = Cupy(device)
@@ -39,6 +40,8 @@ def kept(compiled, monkeypatch):
         query, key, value = (np.ones((1, count, 1, size), numpy_dtype(dtype)) for count in (33, 97, 97))
         table = relative_table(device, np.ones((32, 1), np.float32), bidirectional=True)
         attend(device, query, key, value, bias=table, positions=np.arange(64, 97, dtype=np.int32)[None], causal=True)
+    for dtype in ("float32", "int32"):  # the products that these are for have many rows
+        Products(device).finish(np.ones((3, 2100), dtype), np.zeros((3, 2100), np.float16), bias=np.ones(2100, np.float32))
     return [launch for forms in device.kept.values() for launch in forms.values()]
 
 

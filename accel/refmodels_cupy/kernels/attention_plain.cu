@@ -18,7 +18,7 @@ constexpr int KEYS = WARP_SIZE;
 
 // The parameters are those of attention_prefill; heads have `size` numbers, at most D, and `kind` is the Bias.
 template <class T, int D>
-__global__ void __launch_bounds__(THREADS) attention_plain(
+__global__ void __launch_bounds__(THREADS, 2) attention_plain(
     const T* query, int64_t query_stride, const T* key, const T* value, T* context, int size, int t, int s, int heads,
     int64_t batch_stride, int64_t position_stride, float scale, const uint8_t* mask, int64_t mask_batch, int64_t mask_query, const uint8_t* key_mask,
     int64_t key_mask_batch, int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,

@@ -7,7 +7,8 @@
 #include "device.cuh"
 
 constexpr int THREADS = 256;
-constexpr int EACH = 8;  // columns of a thread
+constexpr int EACH = 8;   // columns of a thread
+constexpr int AHEAD = 4;  // of which it asks for the sums before it needs any
 
 // y[r, j] = residual[r, j] + activation(factor * sums[r, j] / (row_scale[r] * scale[j]) + bias[j])
 //
@@ -18,11 +19,19 @@ __global__ void __launch_bounds__(THREADS)
              void* y, int y_type, int n, float factor, int activation) {
     int row = blockIdx.x;
     Finish finish{bias, bias_type, residual, y, y_type, n, factor, activation};
+#pragma unroll 1
+    for (int begin = 0; begin < EACH; begin += AHEAD) {
+        int first = (int(blockIdx.y) * EACH + begin) * THREADS + int(threadIdx.x);
+        float sum[AHEAD];
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        int j = (int(blockIdx.y) * EACH + i) * THREADS + int(threadIdx.x);
-        if (j >= n) continue;
-        float sum = sums ? float(sums[int64_t(row) * n + j]) : 0.0f;
-        finish(row, j, rescaled(sum, row_scale, row, scale, j));
+        for (int i = 0; i < AHEAD; ++i) {
+            int j = first + i * THREADS;
+            sum[i] = sums && j < n ? float(sums[int64_t(row) * n + j]) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            int j = first + i * THREADS;
+            if (j < n) finish(row, j, rescaled(sum[i], row_scale, row, scale, j));
+        }
     }
 }
