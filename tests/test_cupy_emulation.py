@@ -211,6 +211,23 @@ def test_an_array_that_is_not_contiguous_is_refused(compiled):
         run(compiled, "x0[threadIdx.x] = 0;", lanes(count=64)[::2])
 
 
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [((1, 65536, 1), (1, 1, 1)), ((1, 1, 65536), (1, 1, 1)), ((2**31, 1, 1), (1, 1, 1)), ((0, 1, 1), (1, 1, 1)),
+     ((1, 1, 1), (1025, 1, 1))],
+)  # fmt: skip
+def test_a_launch_that_no_gpu_takes_is_refused(compiled, grid, block):
+    with pytest.raises(EmulationError, match="no GPU has a grid of"):
+        Emulated(compiled).launch(Launch("planted.cu", "planted<int>", grid, block, ()))
+
+
+def test_more_shared_memory_than_every_gpu_has_is_found(compiled):
+    body = "DYNAMIC_SHARED(int, all); SHARED(int, more, [8]); more[0] = all[0] = 1; x0[threadIdx.x] = more[0];"
+    run(compiled, body, lanes(), shared=99 * 1024 - 32)
+    with pytest.raises(EmulationError, match="101380 bytes of shared memory, and a block has 101376 on some GPUs"):
+        run(compiled, body, lanes(), shared=99 * 1024 - 28)
+
+
 def test_a_source_that_does_not_compile(compiled):
     with pytest.raises(DoesNotCompile, match=r"planted\.cu:4"):
         run(compiled, "nonsense;", lanes())

@@ -13,7 +13,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import attention as ops
 from refmodels.ops.position import _first_distances
-from refmodels_cupy.device import Device, Launch, Strided
+from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided
 from refmodels_cupy.source import form
 
 TYPES = ("float32", "float16", "bfloat16")
@@ -34,11 +34,8 @@ DECODE_THREADS, PIECE = 128, 128
 SOFTMAX_ROWS = 8
 """Threads, queries or rows, and keys of a block: as the kernels have them."""
 
-LONGEST_REACH = 4096
-"""Distances on each side that the kernels have room to hold T5's bias for."""
-
-MOST_BLOCKS = 65535
-"""Of a grid's second and third axis."""
+LONGEST_REACH = 256
+"""Distances on each side that the kernels have room to hold T5's bias for, beside the largest tiles."""
 
 
 def _decode_form(dtype: str, size: int, aligned: bool) -> str:
@@ -191,7 +188,7 @@ def plan(
             (-(-t // PLAIN_QUERIES), heads, batch),
             (32 * PLAIN_WARPS, 1, 1),
             (*arrays, np.int32(size), *sizes, np.int32(kind), *biased, *distances),
-            16 * PLAIN_WARPS * (room + PLAIN_KEYS) + 4 * PLAIN_KEYS * (2 * room + 1) + of_distance,
+            16 * PLAIN_WARPS * room + 4 * PLAIN_KEYS * (2 * room + 1) + of_distance,
         )
     ]
 

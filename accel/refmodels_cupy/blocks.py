@@ -14,9 +14,9 @@ from refmodels.op import Params, ShapeError
 from refmodels.ops.cache import cache_append
 from refmodels.ops.position import token_positions
 from refmodels.ops.precision import compute_dtype, numpy_dtype
-from refmodels_cupy.attention import MOST_BLOCKS, ROOMS, attend
+from refmodels_cupy.attention import ROOMS, attend
 from refmodels_cupy.cache import append, filled
-from refmodels_cupy.device import Device
+from refmodels_cupy.device import MOST_BLOCKS, Device
 from refmodels_cupy.elementwise import elementwise
 from refmodels_cupy.linear import MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
@@ -222,14 +222,18 @@ def kept(p: Params, name: str, make: Callable[[], Any]) -> Any:
 # -- when a model is run op by op ---------------------------------------------------------------------------------------------
 
 
-def refused(params: Params, config: Any, batch: int, *, rng: Any = None, caches: Iterable[Params] = ()) -> str | None:
-    """Why a part of a model is run op by op, if that is so. `params` are the part's, `caches` have keys and values."""
+def refused(
+    params: Params, config: Any, shape: tuple[int, int], *, rng: Any = None, caches: Iterable[Params] = ()
+) -> str | None:
+    """Why a part of a model is run op by op, if that is so. `params` are the part's, the tokens (b, t) have this `shape`, and
+    `caches` have keys and values."""
     dtype = compute_dtype(config.dtype)
     if dtype not in STORED:
         return f"{config.dtype}: the reference's"
     if rng is not None and config.dropout > 0:
         return "dropout draws: op by op"
-    if not batch:
+    batch, t = shape
+    if not batch * t:
         return "no rows: op by op"
     if config.hidden_dim > LONGEST_NORM:
         return f"norms of {config.hidden_dim} values: op by op"

@@ -59,7 +59,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         token_ids: Any, padding_mask: Any, params: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(params, config, token_ids.size, rng=rng, caches=cache["layers"] if cache else ()) or True
+        return refused(params, config, token_ids.shape, rng=rng, caches=cache["layers"] if cache else ()) or True
 
     @accelerator.kernel(reference.opt_backbone, when=backbone_fits)
     def opt_backbone(
@@ -86,7 +86,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     def layer_fits(x: Any, p: Any, mask: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng, caches=[cache] if cache else ()) or True
+        return refused(p, config, x.shape[:2], rng=rng, caches=[cache] if cache else ()) or True
 
     @accelerator.kernel(reference.opt_decoder_layer, when=layer_fits)
     def opt_decoder_layer(

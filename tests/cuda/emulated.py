@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from refmodels_cupy.accelerator import FAMILIES
-from refmodels_cupy.device import Strided
+from refmodels_cupy.device import MOST_BLOCKS, Strided
 from refmodels_cupy.source import DIRECTORY, all_forms
 
 HERE = Path(__file__).parent
@@ -98,6 +98,10 @@ class Emulated:
 
     def launch(self, launch):
         self.launches[launch.form] = self.launches.get(launch.form, 0) + 1
+        (x, *others), threads = launch.grid, math.prod(launch.block)
+        # Of a grid without a block CuPy would make one with a block.
+        if not (0 < x < 2**31 and all(0 < size <= MOST_BLOCKS for size in others) and 0 < threads <= 1024):
+            raise EmulationError(f"{launch.form}: no GPU has a grid of {launch.grid} with blocks of {launch.block}")
         arrays = [argument for argument in launch.arguments if isinstance(argument, np.ndarray)]
         for array in arrays:
             if not array.flags.c_contiguous:

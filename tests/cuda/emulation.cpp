@@ -76,6 +76,7 @@ emulation_switch:
 namespace emulation {
 
 constexpr size_t STACK = 128 * 1024;
+constexpr size_t MOST_SHARED = 99 * 1024;
 
 enum Order { RISING, FALLING, SHUFFLED };
 
@@ -202,6 +203,9 @@ void* shared_memory(int key, size_t size) {
         memory.size = size;
         std::memset(memory.bytes.get(), FILLED[block.order], size);
     }
+    size_t all = block.shared.count(DYNAMIC) ? 0 : block.dynamic;
+    for (auto& [_, one] : block.shared) all += one.size;
+    if (all > MOST_SHARED) fail("%zu bytes of shared memory, and a block has %zu on some GPUs", all, MOST_SHARED);
     if (memory.size != size) fail("shared memory of %zu bytes that has %zu in another instance of its function", size, memory.size);
     return memory.bytes.get();
 }
