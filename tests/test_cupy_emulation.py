@@ -155,6 +155,24 @@ def test_a_missing_barrier_is_found(compiled):
             run(compiled, REVERSED.format(barrier=barrier), found, threads=64)
 
 
+def test_a_warp_that_writes_where_a_slower_one_reads_is_found(compiled):
+    body = """
+    SHARED(int, kept, [64]);
+    int i = threadIdx.x;
+    kept[i] = x0[i];
+    __syncthreads();
+    int sum = __shfl_xor_sync(ALL_LANES, kept[63 - i], 1);
+    {barrier}
+    kept[i] = -1;
+    x0[i] = sum;
+    """
+    found = np.arange(64, dtype=np.int32)
+    run(compiled, body.format(barrier="__syncthreads();"), found, threads=64)
+    assert found.tolist() == [63 - (i ^ 1) for i in range(64)]
+    with pytest.raises(EmulationError, match="depends on the order of the threads"):
+        run(compiled, body.format(barrier=""), found, threads=64)
+
+
 def test_each_order_finds_what_another_does_not(compiled):
     """A thread that reads what its neighbour writes is right if that had its turn before: rising, or falling."""
     body = """

@@ -296,17 +296,33 @@ static void run_block(unsigned seed) {
     std::vector<unsigned> turns(threads);
     for (unsigned t = 0; t < threads; ++t) {
         prepare(block.fibers[t]);
-        turns[t] = block.order == FALLING ? threads - 1 - t : t;
+        turns[t] = t;
     }
     std::mt19937 random(seed);
+    auto give_turn = [](unsigned t) {
+        auto& turn = block.fibers[t];
+        bool waits = turn.awaited && *turn.awaited == turn.was && !block.failed;
+        if (turn.done || waits) return false;
+        resume(t);
+        return true;
+    };
+    // A warp goes on as far as it can before the next one begins, as it may on a GPU.
+    auto give_turns = [&](unsigned warp) {
+        unsigned begin = warp * WARP, end = std::min(begin + WARP, threads);
+        for (bool any = true; any;) {
+            any = false;
+            for (unsigned t = begin; t < end; ++t) any |= give_turn(block.order == FALLING ? begin + end - 1 - t : t);
+        }
+    };
     while (block.living) {
         block.progress = false;
-        if (block.order == SHUFFLED) std::shuffle(turns.begin(), turns.end(), random);
-        for (unsigned t : turns)
-            if (auto& turn = block.fibers[t]; !turn.done) {
-                bool waits = turn.awaited && *turn.awaited == turn.was && !block.failed;
-                if (!waits) resume(t);
-            }
+        if (block.order == SHUFFLED) {
+            std::shuffle(turns.begin(), turns.end(), random);
+            for (unsigned t : turns) give_turn(t);
+        } else {
+            unsigned warps = unsigned(block.warps.size());
+            for (unsigned w = 0; w < warps; ++w) give_turns(block.order == FALLING ? warps - 1 - w : w);
+        }
         if (!block.progress && block.living && !block.failed) {
             block.failed = true;
             std::snprintf(block.error, sizeof block.error,
