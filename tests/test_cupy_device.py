@@ -391,7 +391,7 @@ def test_nothing_is_missing(complete):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"driver": 0}, "no NVIDIA driver is installed here"),
+        ({"driver": 0}, "no NVIDIA driver is installed: an NVIDIA GPU needs one for CUDA 12 or newer"),
         (
             {"driver": 12040, "built": 13000},
             "this CuPy is made for CUDA 13, and the driver is of CUDA 12: install a newer driver, or pip uninstall "
@@ -496,7 +496,8 @@ def test_the_command_line_says_why_another_runs(complete, monkeypatch, capsys):
     complete.driver = 0
     assert fastest_accelerator().name == "numba"
     assert capsys.readouterr().err == (
-        "refmodels: note: accelerator 'cupy' cannot run here: no NVIDIA driver is installed here; running on numba\n"
+        "refmodels: note: accelerator 'cupy' cannot run here: no NVIDIA driver is installed: an NVIDIA GPU needs one "
+        "for CUDA 12 or newer; running on numba\n"
     )
     monkeypatch.setattr(installation, "is_installed", lambda: False)  # a machine that nobody meant to have a GPU
     assert fastest_accelerator().name == "numba"

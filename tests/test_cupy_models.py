@@ -6,7 +6,7 @@ from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.decoding import AHEAD, Decoding, Graph
 from refmodels_cupy.linear import MOST
-from refmodels_cupy.program import Recorder, RecordingError
+from refmodels_cupy.recorder import Recorder, RecordingError
 from refmodels_cupy.source import DIRECTORY
 
 from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM

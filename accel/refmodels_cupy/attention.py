@@ -14,10 +14,8 @@ from refmodels.accelerator import Accelerator
 from refmodels.ops import attention as ops
 from refmodels.ops.position import _first_distances
 from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided
+from refmodels_cupy.linear import HALVES, STORED, narrow_types
 from refmodels_cupy.source import form
-
-TYPES = ("float32", "float16", "bfloat16")
-HALVES = ("float16", "bfloat16")
 
 TENSOR_SIZES = (64, 80, 96, 128)
 """Sizes of a head for the tensor cores."""
@@ -54,10 +52,10 @@ FORMS = (
         for size in TENSOR_SIZES
         for kind in (NONE, ALIBI, TABLE, GIVEN)
     ]
-    + [("attention_plain.cu", form("attention_plain", dtype, room)) for dtype in TYPES for room in ROOMS]
-    + [("attention_decode.cu", _decode_form(dtype, room, aligned=True)) for dtype in TYPES for room in ROOMS]
-    + [("attention_decode.cu", _decode_form(dtype, 1, aligned=False)) for dtype in TYPES]
-    + [("softmax.cu", form("masked_softmax", dtype)) for dtype in TYPES]
+    + [("attention_plain.cu", form("attention_plain", dtype, room)) for dtype in STORED for room in ROOMS]
+    + [("attention_decode.cu", _decode_form(dtype, room, aligned=True)) for dtype in STORED for room in ROOMS]
+    + [("attention_decode.cu", _decode_form(dtype, 1, aligned=False)) for dtype in STORED]
+    + [("softmax.cu", form("masked_softmax", dtype)) for dtype in STORED]
 )
 """Every form that may be launched, with its file."""
 
@@ -271,13 +269,13 @@ def register(accelerator: Accelerator, device: Device) -> None:
     ) -> Any:
         return attend(device, query, key, value, mask=mask, bias=bias, scale=scale)
 
-    @accelerator.kernel(ops.attention_scores, when=_is_narrow)
+    @accelerator.kernel(ops.attention_scores, when=narrow_types)
     def attention_scores(query: Any, key: Any, bias: Any = None, *, scale: float = 1.0) -> Any:
         with device.working():
             scores = _wide(query).transpose(0, 2, 1, 3) @ _wide(key).transpose(0, 2, 3, 1) * np.float32(scale)
             return scores if bias is None else scores + _wide(bias)
 
-    @accelerator.kernel(ops.masked_softmax, when=_is_narrow)
+    @accelerator.kernel(ops.masked_softmax, when=narrow_types)
     def masked_softmax(scores: Any, mask: Any) -> Any:
         _, heads, t, s = scores.shape
         weights = device.empty(scores.shape, np.float32)
@@ -291,7 +289,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
             device.launch(Launch("softmax.cu", kernel, blocks, threads, (scores, mask, weights, *sizes)))
         return weights
 
-    @accelerator.kernel(ops.attention_context, when=_is_narrow)
+    @accelerator.kernel(ops.attention_context, when=narrow_types)
     def attention_context(weights: Any, value: Any) -> Any:
         with device.working(), np.errstate(over="ignore"):
             context = _wide(weights) @ _wide(value).transpose(0, 2, 1, 3)
@@ -302,18 +300,12 @@ def _wide(x: Any) -> Any:
     return x.astype(np.float32, copy=False)
 
 
-def _is_narrow(*arrays: Any, **named: Any) -> bool | str:
-    """float32 and narrower"""
-    given = [*arrays, *named.values()]
-    return "float64" if any(getattr(array, "dtype", None) == np.float64 for array in given) else True
-
-
 def _fits(
     query: Any, key: Any, value: Any, mask: Any, bias: Any = None, *, dropout_rate: float = 0.0, rng: Any = None, **_: Any
 ) -> bool | str:
     """heads of up to 256 numbers of one type, float32 or narrower, without dropout"""
     batch, _t, heads, size = query.shape
-    if len({query.dtype, key.dtype, value.dtype}) > 1 or value.dtype.name not in TYPES:
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or value.dtype.name not in STORED:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if bias is not None and bias.dtype == np.float64:
         return "bias is float64"

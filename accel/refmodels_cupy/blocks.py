@@ -1,7 +1,7 @@
 """What the models are made of, as launches on rows of activations: norms, dense layers, attention, token vectors, scores.
 
-The families put these together as their readable bodies do. On a device the launches run at once, on a `Recorder` they become a
-program: one description of a layer serves prompts of any length and the captured step of decoding.
+The families put these together as their readable bodies do. On a device the launches run at once, a `Recorder` keeps them: one
+description of a layer serves prompts of any length and the captured step of decoding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,8 @@ from refmodels_cupy.elementwise import elementwise
 from refmodels_cupy.linear import MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
 from refmodels_cupy.norm import norm
-from refmodels_cupy.program import Recorder
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
+from refmodels_cupy.recorder import Recorder
 from refmodels_cupy.weights import TOGETHER, Matrix
 
 
@@ -48,7 +48,7 @@ class Block:
         self.dtype, self.batch, self.t, self.rows = numpy_dtype(dtype), batch, t, batch * t
 
     def layers(self, layers: Iterable[Params]) -> Iterator[tuple[int, Params]]:
-        """The layers with their numbers. What one of a recorded program has allocated serves the next one too."""
+        """The layers with their numbers. What one of a recorded step has allocated serves the next one too."""
         for i, layer in enumerate(layers):
             if isinstance(self.device, Recorder):
                 self.device.again()

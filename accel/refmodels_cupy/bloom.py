@@ -1,4 +1,4 @@
-"""BLOOM as launches: a layer and the stack. ALiBi is made in the attention kernels, from each head's slope."""
+"""BLOOM as launches: a layer, the stack, the scores of the next tokens. Attention makes ALiBi from each head's slope."""
 
 from typing import Any
 

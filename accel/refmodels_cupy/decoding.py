@@ -19,7 +19,7 @@ from refmodels_cupy.blocks import Block, Places, refused
 from refmodels_cupy.cache import enter, filled
 from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.linear import MOST
-from refmodels_cupy.program import Recorder
+from refmodels_cupy.recorder import Recorder
 from refmodels_cupy.sampling import greedy, sample, scratch
 
 if TYPE_CHECKING:

@@ -171,10 +171,10 @@ class Products:
     ) -> None:
         """What `fused` makes without a gate, of any number of rows, by cuBLAS. Rows need no zeros behind the inputs."""
         plain = scale is None and row_scale is None and (factor, activation) == (1.0, "linear")
-        as_it_is = plain and w.kind == x.dtype.name
-        exact = bias is None or y.dtype in (bias.dtype, np.float32)
-        if as_it_is and exact and y.dtype in (x.dtype, np.float32):
-            # cuBLAS adds to what is there, and rounds once: the sums need not be written and read again.
+        bias_fits = bias is None or y.dtype in (bias.dtype, np.float32)
+        if plain and bias_fits and w.kind == x.dtype.name and y.dtype in (x.dtype, np.float32):
+            # cuBLAS adds to what is in y: the sums need not be written and read again. The sum of residual and bias is rounded
+            # before, as by the ops one after the other.
             added = bias is not None or residual is not None
             if added:
                 self.finish(None, y, bias=bias, residual=residual)

@@ -1,4 +1,4 @@
-"""OPT as launches: a layer, the stack, and the step of decoding, which is one graph."""
+"""OPT as launches: a layer, the stack, and the scores of the next tokens, of which decoding.py makes a graph."""
 
 from typing import Any
 

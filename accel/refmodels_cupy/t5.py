@@ -1,4 +1,6 @@
-"""T5 as launches: the parts of a layer, and both stacks. Its position bias is looked up in the attention kernels, by distance.
+"""T5 as launches: the parts of a layer, both stacks, and the scores of the next tokens.
+
+The position bias is looked up in the attention kernels, by distance.
 
 The residual stream and what is added to it are in `residual_dtype`, float32 for a float16 model (T5-C8): products round their
 float32 sums to that type, and norms bring the stream down to the type of the activations.
