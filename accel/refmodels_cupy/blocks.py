@@ -20,7 +20,7 @@ from refmodels_cupy.device import MOST_BLOCKS, Device
 from refmodels_cupy.elementwise import elementwise
 from refmodels_cupy.linear import MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
-from refmodels_cupy.norm import norm
+from refmodels_cupy.norm import norm, residual_norm
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
 from refmodels_cupy.recorder import Recorder
 from refmodels_cupy.weights import TOGETHER, Matrix
@@ -65,6 +65,16 @@ class Block:
     def dense(self, x: Any, p: Params, *, gate: Params | None = None, dtype: str | None = None, **finish: Any) -> Any:
         """`dense` and what follows it: residual + activation(x @ kernel + bias) * (x @ gate's kernel), rounded once."""
         return self._product(self._inputs(x, p), _weights(p), None if gate is None else _weights(gate), dtype, **finish)
+
+    def dense_norm(self, x: Any, p: Params, norm_p: Params, epsilon: float, *, residual: Any) -> tuple[Any, Any]:
+        """residual + `dense` of x, and the norm of that. Of many rows the sum is made where the norm reads it."""
+        if len(x) <= MOST:
+            total = self.dense(x, p, residual=residual)
+            return total, self.norm(total, norm_p, epsilon)
+        total, y = (self.device.empty(residual.shape, residual.dtype) for _ in range(2))
+        change = self.dense(x, p | {"bias": None})
+        residual_norm(self.device, residual, change, total, norm_p, y, epsilon=epsilon, bias=p.get("bias"))
+        return total, y
 
     def query_key_value(self, x: Any, p: Params, heads: int) -> list[Any]:
         """Queries, keys and values (b, t, h, d) of an attention: by one product where their matrices are one."""

@@ -20,8 +20,7 @@ def layer(block: Block, x: Any, p: Params, config: BloomConfig, cache: Params | 
     own, epsilon = p["self_attention"], config.layer_norm_epsilon
     h = block.norm(x, p["pre_attention_layernorm"], epsilon)
     h = block.attention(h, own, config.num_heads, cache, places, scale=config.head_dim**-0.5, bias=alibi)
-    x = block.dense(h, own["output"], residual=x)
-    h = block.norm(x, p["post_attention_layernorm"], epsilon)
+    x, h = block.dense_norm(h, own["output"], p["post_attention_layernorm"], epsilon, residual=x)
     h = block.dense(h, p["mlp_intermediate_dense"], activation="gelu_approximate")
     return block.dense(h, p["mlp_output_dense"], residual=x)
 

@@ -17,12 +17,12 @@ def layer(block: Block, x: Any, p: Params, config: OPTConfig, cache: Params | No
     before, own = config.do_layer_norm_before, p["self_attention"]
     h = block.norm(x, first, EPSILON) if before else x
     h = block.attention(h, own, config.num_heads, cache, places, scale=config.head_dim**-0.5)
-    x = block.dense(h, own["output"], residual=x)
-    x = x if before else block.norm(x, first, EPSILON)
-    h = block.norm(x, second, EPSILON) if before else x
+    total, h = block.dense_norm(h, own["output"], second if before else first, EPSILON, residual=x)
+    x = total if before else h
     h = block.dense(h, p["feedforward_intermediate_dense"], activation="relu")
-    x = block.dense(h, p["feedforward_output_dense"], residual=x)
-    return x if before else block.norm(x, second, EPSILON)
+    if before:
+        return block.dense(h, p["feedforward_output_dense"], residual=x)
+    return block.dense_norm(h, p["feedforward_output_dense"], second, EPSILON, residual=x)[1]
 
 
 def embedded(block: Block, ids: Any, position_ids: Any, params: Params, config: OPTConfig, given: Any = None) -> Any:
