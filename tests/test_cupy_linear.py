@@ -34,9 +34,6 @@ BY_KERNELS = (
     "row_scale", "quantize_rows", "linear_int8", "logits_int8", "linear_weight_int8", "logits_weight_int8", "linear_int4",
     "logits_int4", "embedding_int8", "embedding_int4", "layer_norm", "rms_norm",
 )  # fmt: skip
-BY_ARRAY_FUNCTIONS = tuple(
-    name for name, op in OPS.items() if not op.composite and name not in ATTENTION | SAMPLING | set(BY_KERNELS)
-)
 COMPOSITES = ("dense", "token_vectors", "token_scores", "key_value_cache")
 
 
@@ -49,7 +46,7 @@ def test_every_op_has_a_kernel_but_attentions(cupy):
     assert {name for name, op in OPS.items() if not op.composite and not cupy.kernels(op)} <= ATTENTION
 
 
-@pytest.mark.parametrize("name", [*BY_KERNELS, *BY_ARRAY_FUNCTIONS, *COMPOSITES])
+@pytest.mark.parametrize("name", [*BY_KERNELS, *COMPOSITES])
 def test_conformance(compiled, name):
     # Products have no barrier, and no memory that threads share: one order of threads will do, and the examples are large.
     cupy = Cupy(Emulated(compiled, orders=(2,) if "linear" in name or "logits" in name else ORDERS))

@@ -14,7 +14,8 @@ from refmodels.accelerator import Accelerator
 from refmodels.ops import attention as ops
 from refmodels.ops.position import _first_distances
 from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided
-from refmodels_cupy.linear import HALVES, STORED, narrow_types
+from refmodels_cupy.elementwise import STORED, each, narrow_types
+from refmodels_cupy.linear import HALVES
 from refmodels_cupy.source import form
 
 TENSOR_SIZES = (64, 80, 96, 128)
@@ -272,8 +273,9 @@ def register(accelerator: Accelerator, device: Device) -> None:
     @accelerator.kernel(ops.attention_scores, when=narrow_types)
     def attention_scores(query: Any, key: Any, bias: Any = None, *, scale: float = 1.0) -> Any:
         with device.working():
-            scores = _wide(query).transpose(0, 2, 1, 3) @ _wide(key).transpose(0, 2, 3, 1) * np.float32(scale)
-            return scores if bias is None else scores + _wide(bias)
+            products = _wide(query).transpose(0, 2, 1, 3) @ _wide(key).transpose(0, 2, 3, 1)
+            scores = each(device, products, factor=scale)
+            return scores if bias is None else each(device, scores, bias, combination="add")
 
     @accelerator.kernel(ops.masked_softmax, when=narrow_types)
     def masked_softmax(scores: Any, mask: Any) -> Any:

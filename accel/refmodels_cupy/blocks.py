@@ -17,8 +17,8 @@ from refmodels.ops.precision import compute_dtype, numpy_dtype
 from refmodels_cupy.attention import ROOMS, attend
 from refmodels_cupy.cache import append, filled
 from refmodels_cupy.device import MOST_BLOCKS, Device
-from refmodels_cupy.elementwise import elementwise
-from refmodels_cupy.linear import MOST, OPERANDS, STORED, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
+from refmodels_cupy.elementwise import STORED, elementwise
+from refmodels_cupy.linear import MOST, OPERANDS, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
 from refmodels_cupy.norm import norm, residual_norm
 from refmodels_cupy.quantize import LONGEST, rows_to_int8

@@ -8,7 +8,7 @@ from refmodels.accelerator import Accelerator
 from refmodels.ops import cache as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy.device import Device, Launch, Strided
-from refmodels_cupy.linear import STORED
+from refmodels_cupy.elementwise import STORED
 from refmodels_cupy.source import form
 
 THREADS = (128, 1, 1)

@@ -9,6 +9,7 @@ from refmodels.accelerator import Accelerator
 from refmodels.ops import linear as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy.device import Device, Grid, Launch
+from refmodels_cupy.elementwise import ACTIVATIONS, STORED, each, narrow_types
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix, matrix
 
@@ -30,11 +31,6 @@ VECTOR_THREADS = 128
 TENSOR_THREADS = 256
 EPILOGUE_THREADS, EPILOGUE_COLUMNS = 256, 2048
 EMBEDDING_THREADS = 128
-
-STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
-"""Types that a kernel is told of when it is launched: `Stored` in device.cuh."""
-
-ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_approximate": 3, "silu": 4}
 
 HALVES = ("float16", "bfloat16")
 OPERANDS = {x: (x, "int8", "int4x2") for x in HALVES} | {"int8": ("int8",)}
@@ -182,10 +178,14 @@ class Products:
             return
         # int8 numbers are exact in half precision, what int4 numbers stand for is not
         common = x.dtype if w.kind in (x.dtype.name, "int8") else np.dtype(np.float32)
-        sums = self.sums(x.astype(common, copy=False), w.widened(common))
+        sums = self.sums(x.astype(common, copy=False), self.widened(w, common))
         self.finish(
             sums, y, row_scale=row_scale, bias=bias, scale=scale, factor=factor, activation=activation, residual=residual
         )
+
+    def widened(self, w: Matrix, dtype: Any) -> Any:
+        """[n, pitch] numbers of this type, of int8 the integers; of int4 [n, k] numbers that they stand for."""
+        return w.rows.astype(dtype, copy=False) if w.kind != "int4" else self.rows(self.device.xp.arange(w.n), w, dtype.name)
 
     def sums(self, x: Any, weights: Any) -> Any:
         """x @ weights.T for weights [n, pitch] with zeros behind the inputs."""
@@ -261,14 +261,6 @@ def typed(array: Any) -> tuple[Any, Any]:
     return array, np.int32(0 if array is None else STORED[array.dtype.name])
 
 
-def narrow_types(*arrays: Any, **named: Any) -> bool | str:
-    """float32 and narrower"""
-    for value in (*arrays, *named.values()):
-        if value == "float64" if isinstance(value, str) else getattr(value, "dtype", None) == np.float64:
-            return "float64: the reference's"
-    return True
-
-
 def register(accelerator: Accelerator, device: Device) -> None:
     """Kernels for the ops of `refmodels.ops.linear`."""
     xp, product = device.xp, Products(device)
@@ -294,7 +286,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         (k, groups, rank), rows = lora_kernel_a.shape, math.prod(x.shape[:-1])
         a, b = (part.astype(np.float32, copy=False) for part in (lora_kernel_a, lora_kernel_b))
         inner = device.product(xp.ascontiguousarray(x).reshape(rows, k).astype(np.float32), a.reshape(k, groups * rank))
-        y = device.product(inner.reshape(rows * groups, rank), b) * lora_scale.astype(np.float32)
+        y = each(device, device.product(inner.reshape(rows * groups, rank), b), lora_scale, combination="multiply")
         return y.reshape(*x.shape[:-1], groups * b.shape[1]).astype(numpy_dtype(dtype) if dtype else x.dtype)
 
     @accelerator.kernel(ops.lora_merged, when=narrow_types)
@@ -302,5 +294,5 @@ def register(accelerator: Accelerator, device: Device) -> None:
         plain = kernel.leaf() if isinstance(kernel, Matrix) else kernel
         k, groups, rank = lora_kernel_a.shape
         a, b = (part.astype(np.float32, copy=False) for part in (lora_kernel_a, lora_kernel_b))
-        change = device.product(a.reshape(k * groups, rank), b) * lora_scale.astype(np.float32)
-        return (plain.astype(np.float32) + change.reshape(plain.shape)).astype(plain.dtype)
+        change = each(device, device.product(a.reshape(k * groups, rank), b), lora_scale, combination="multiply")
+        return each(device, plain, change.reshape(plain.shape), combination="add")

@@ -10,7 +10,8 @@ from refmodels.op import Params
 from refmodels.ops import norm as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.linear import narrow_types, typed
+from refmodels_cupy.elementwise import narrow_types
+from refmodels_cupy.linear import typed
 
 THREADS = (256, 1, 1)
 

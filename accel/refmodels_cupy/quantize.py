@@ -10,7 +10,8 @@ from refmodels.ops import quantize as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy import weights
 from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.linear import MOST, STORED, Products, narrow_types
+from refmodels_cupy.elementwise import STORED, narrow_types
+from refmodels_cupy.linear import MOST, Products
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix
 

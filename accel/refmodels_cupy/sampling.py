@@ -7,7 +7,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import sampling as ops
 from refmodels_cupy.device import MOST_BLOCKS, Device, Launch
-from refmodels_cupy.linear import narrow_types
+from refmodels_cupy.elementwise import each, narrow_types, to_float64
 from refmodels_cupy.source import form
 
 THREADS = (256, 1, 1)
@@ -103,7 +103,8 @@ def register(accelerator: Accelerator, device: Device) -> None:
         return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
     def best_first(scores: Any) -> Any:
-        return xp.argsort(-scores, axis=-1, kind="stable")
+        negative = -scores if scores.dtype == np.float64 else each(device, scores, factor=-1.0)
+        return xp.argsort(negative, axis=-1, kind="stable")
 
     @accelerator.kernel(ops.log_softmax)
     def log_softmax(logits: Any, temperature: float = 1.0) -> Any:
@@ -111,13 +112,13 @@ def register(accelerator: Accelerator, device: Device) -> None:
         shifted = (scores - scores.max(-1, keepdims=True)) / scores.dtype.type(temperature)
         return shifted - xp.log(xp.exp(shifted).sum(-1, keepdims=True))
 
-    @accelerator.kernel(ops.penalise_repetition)
+    @accelerator.kernel(ops.penalise_repetition, when=_fits)
     def penalise_repetition(logits: Any, token_ids: Any, mask: Any, penalty: Any) -> Any:
         scores, (b, v) = wide(logits), logits.shape
         held = xp.zeros((b, v + 1), bool)  # the last column is for what is no token of the row's
         held[xp.arange(b)[:, None], xp.where(mask, token_ids, v)] = True
-        factor = xp.where(held[:, :v], penalty[:, None], penalty.dtype.type(1)).astype(scores.dtype)
-        return xp.where(scores < 0, scores * factor, scores / factor)
+        factor = xp.where(held[:, :v], penalty.astype(np.float32)[:, None], np.float32(1))
+        return each(device, scores, factor, combination="penalise")
 
     @accelerator.kernel(ops.forbid_ngrams)
     def forbid_ngrams(logits: Any, token_ids: Any, mask: Any, size: Any) -> Any:
@@ -166,7 +167,10 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     @accelerator.kernel(ops.beam_candidates)
     def beam_candidates(log_probabilities: Any, scores: Any, count: int) -> tuple[Any, Any, Any]:
-        total = scores[:, None] + log_probabilities
+        if np.float64 in (log_probabilities.dtype, scores.dtype):
+            total = to_float64(device, log_probabilities) + to_float64(device, scores)[:, None]
+        else:
+            total = each(device, log_probabilities, scores[:, None], combination="add")
         best = best_first(total.reshape(-1))[:count]
         beams, tokens = best // total.shape[1], best % total.shape[1]
         return total[beams, tokens], beams, tokens
@@ -176,13 +180,13 @@ def register(accelerator: Accelerator, device: Device) -> None:
         tokens = best_first(wide(logits))[:, :count]
         return xp.take_along_axis(xp.exp(log_softmax(logits, temperature)), tokens, -1), tokens
 
-    @accelerator.kernel(ops.contrastive_choice)
+    @accelerator.kernel(ops.contrastive_choice, when=narrow_types)
     def contrastive_choice(probabilities: Any, hidden: Any, earlier: Any, *, alpha: float) -> Any:
-        candidates, past = hidden.astype(np.float64), earlier[0].astype(np.float64)
+        candidates, past = to_float64(device, hidden), to_float64(device, earlier[0])
         lengths = xp.sqrt((candidates**2).sum(-1))[:, None] * xp.sqrt((past**2).sum(-1))
         cosine = device.product(candidates, past, transposed=True) / xp.where(lengths > 0, lengths, np.float64(1))
-        score = (1.0 - alpha) * probabilities - alpha * cosine.max(-1)
-        return xp.where(probabilities > 0, score, -np.inf).argmax(-1)
+        score = to_float64(device, each(device, probabilities, factor=1.0 - alpha)) - alpha * cosine.max(-1)
+        return xp.where(to_float64(device, probabilities) > 0, score, -np.inf).argmax(-1)
 
 
 def _fits(logits: Any, *_: Any, **__: Any) -> bool | str:

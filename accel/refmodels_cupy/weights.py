@@ -54,15 +54,6 @@ class Matrix:
         """Values from one row to the next."""
         return int(self.rows.shape[1]) * (2 if self.kind == "int4" else 1)
 
-    def widened(self, dtype: Any) -> Any:
-        """[n, pitch] numbers of this type, of int8 the integers; of int4 [n, k] numbers that they stand for."""
-        if self.kind != "int4":
-            return self.rows.astype(dtype, copy=False)
-        numbers = halves(self.rows, self.k).astype(np.float32)
-        numbers -= self.zero.repeat(self.block, 1)[:, : self.k]
-        numbers *= self.scale.repeat(self.block, 1)[:, : self.k]
-        return numbers.astype(dtype, copy=False)
-
     def leaf(self) -> Any:
         """The host's leaf again, as a device array, unless it is at `host`."""
         if self.kind != "int4":

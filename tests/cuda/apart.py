@@ -1,11 +1,34 @@
-"""Arrays that keep to themselves, as CuPy's do: mixed with an array of the host, NumPy's would do, and the GPU's raise."""
+"""Arrays as CuPy's are, where that differs from NumPy: they keep to themselves, know less of bfloat16, and flush.
+
+Mixed with an array of the host, NumPy's would do, and the GPU's raise. CuPy compiles its functions with `-ftz=true`: float32
+numbers below the smallest normal one are 0 in arithmetic, in comparisons, and in conversions to and from float64. What only
+moves numbers leaves them alone, and so do cuBLAS, sorting, and conversions between float32 and half precision.
+"""
 
 import numpy as np
 from emulated import Emulated
 
+from refmodels.ops.precision import numpy_dtype
+
+BFLOAT16 = numpy_dtype("bfloat16")
+NOT_OF_BFLOAT16 = {"where", "clip", "round", "divmod", "all", "any", "argmax", "argmin", "sort", "argsort"}
+
 
 class MixedError(TypeError):
     """An array of the host among those of the device."""
+
+
+def flushed(value):
+    """Without numbers below the smallest normal one of float32, which bfloat16 has in common with it."""
+    if not isinstance(value, np.ndarray | np.generic) or value.dtype not in (np.float32, BFLOAT16):
+        return value
+    zero = np.copysign(value.dtype.type(0), value)
+    return np.where(abs(value) < np.finfo(np.float32).tiny, zero, value).astype(value.dtype)
+
+
+def refused(name, *values):
+    if name in NOT_OF_BFLOAT16 and any(getattr(value, "dtype", None) == BFLOAT16 for value in values):
+        raise TypeError(f"{name} of bfloat16")
 
 
 def is_host(value):
@@ -30,9 +53,26 @@ def checked(what, *values):
 class Apart(np.ndarray):
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **how):
         checked(ufunc.__name__, *inputs, *out)
+        refused(ufunc.__name__, *inputs)
+        inputs = tuple(map(plain, inputs))
+        if ufunc is np.matmul:  # cuBLAS'
+            return apart(ufunc(*inputs, **how))
+        result = getattr(ufunc, method)(*map(flushed, inputs), **how)
+        result = tuple(map(flushed, result)) if isinstance(result, tuple) else flushed(result)
         if out:
-            how["out"] = tuple(map(plain, out))
-        return apart(getattr(ufunc, method)(*map(plain, inputs), **how))
+            plain(out[0])[...] = result
+            return out[0]
+        return apart(result)
+
+    def astype(self, dtype, copy=True):
+        if not copy and self.dtype == dtype:
+            return self
+        array = plain(self)
+        return apart(flushed(flushed(array).astype(dtype)) if np.float64 in (array.dtype, dtype) else array.astype(dtype))
+
+    def argmax(self, axis=None):
+        refused("argmax", self)
+        return apart(np.argmax(flushed(plain(self)), axis))
 
     def __setitem__(self, key, value):
         keys = key if isinstance(key, tuple) else (key,)
@@ -54,6 +94,7 @@ class Functions:
         def called(*args, **kwargs):
             if name != "asarray":
                 checked(name, *args, *kwargs.values())
+            refused(name, *args)
             return apart(function(*args, **kwargs))
 
         return called
