@@ -4,6 +4,7 @@ cannot run; weights on their way to it. Where CuPy itself can be imported, that 
 import ast
 import gc
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,28 @@ def test_a_gpu_newer_than_the_compiler(stand_in, gpu):
 def test_a_kernel_that_cannot_be_compiled(gpu):
     with pytest.raises(CompileError, match=r"norm.cu, nothing<int>, for sm_90: norm.cu\(7\): error: nothing"):
         gpu.launch(rms_norm(gpu, form="nothing<int>"))
+
+
+def test_compiling_ahead_takes_all_cores(stand_in, monkeypatch, gpu):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    together, lines = threading.Barrier(3, timeout=10), []
+    compile_program = compiler.compiled
+
+    def compiled(*program):
+        together.wait()  # until three compile at once
+        return compile_program(*program)
+
+    monkeypatch.setattr(compiler, "compiled", compiled)
+    forms = all_forms(FAMILIES)["elementwise.cu"][:9]
+    assert gpu.compile({"elementwise.cu": forms}, lines.append) == 9
+    assert lines == [f"compiling {i}/9: elementwise.cu {form}" for i, form in enumerate(forms, start=1)]
+    assert sorted(form for _, form, _ in stand_in.compiled) == sorted(forms)
+
+
+def test_compiling_ahead_ends_with_an_error(stand_in, gpu):
+    forms = ["nothing<int>", *all_forms(FAMILIES)["elementwise.cu"]]
+    with pytest.raises(CompileError, match="nothing"):
+        gpu.compile({"elementwise.cu": forms}, lambda line: None)
 
 
 def test_compiling_ahead(stand_in, tmp_path):

@@ -4,10 +4,12 @@ The tests have another: it runs the same kernels on the CPU, and NumPy in place 
 installation.py imports CuPy, and everything else can be tested without a GPU.
 """
 
+import os
 import subprocess
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -217,11 +219,16 @@ class Gpu:
             )
 
     def compile(self, forms: dict[str, list[str]], report: Callable[[str], None]) -> int:
-        """Compile every form, by its file, and say how far it is. Gives how many there are."""
+        """Compile every form, by its file, on all cores, and say for which one it waits. Gives how many there are."""
         every = [(file, form) for file, texts in forms.items() for form in texts]
-        for i, (file, form) in enumerate(every, start=1):
-            report(f"compiling {i}/{len(every)}: {file} {form}")
-            self._function(file, form)
+        with self.working(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = [pool.submit(self._make, file, form) for file, form in every]
+            try:
+                for i, ((file, form), one) in enumerate(zip(every, compiling, strict=True), start=1):
+                    report(f"compiling {i}/{len(every)}: {file} {form}")
+                    one.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error
         return len(every)
 
     def _function(self, file: str, form: str) -> Any:
@@ -230,9 +237,12 @@ class Gpu:
         if key not in self._functions:
             if not self._functions:
                 progress("making kernels ready: those not used before are compiled, and kept on disk")
-            with self.working():
-                self._functions[key] = function(self.xp, self.index, file, form)
+            self._make(file, form)
         return self._functions[key]
+
+    def _make(self, file: str, form: str) -> None:
+        with self.working():
+            self._functions[file, form] = function(self.xp, self.index, file, form)
 
     def captured(self, launches: Sequence[Launch]) -> "Recording":
         """Recorded on a stream of its own, so that what other threads put into the queue meanwhile is no part of it."""

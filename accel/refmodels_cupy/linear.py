@@ -1,6 +1,7 @@
 """Products with a weight matrix. Few rows read the weights as they are stored, many go through cuBLAS."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -258,7 +259,12 @@ def as_it_is(table: Any) -> Matrix:
 
 def typed(array: Any) -> tuple[Any, Any]:
     """An array, or none, and its type, for a kernel that is told of it at the launch."""
-    return array, np.int32(0 if array is None else STORED[array.dtype.name])
+    return array, np.int32(0) if array is None else _type(array.dtype)
+
+
+@cache  # NumPy makes up the name each time
+def _type(dtype: Any) -> np.int32:
+    return np.int32(STORED[dtype.name])
 
 
 def register(accelerator: Accelerator, device: Device) -> None:

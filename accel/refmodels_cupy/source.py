@@ -7,6 +7,7 @@ A kernel is a template over the types that it reads and writes; a form is one ch
 import importlib
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent / "kernels"
@@ -24,6 +25,7 @@ def all_forms(families: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+@lru_cache(maxsize=None, typed=True)  # True and 1 are two forms; a recorded step has hundreds of launches
 def form(kernel: str, *arguments: str | int | bool) -> str:
     """A form of a kernel, its types by NumPy's names: form("elementwise", "bfloat16", "float32")."""
     return f"{kernel}<{', '.join(TYPES.get(str(a), str(a).lower()) for a in arguments)}>"
