@@ -13,7 +13,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import attention as ops
 from refmodels.ops.position import _first_distances
-from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided
+from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided, address
 from refmodels_cupy.elementwise import STORED, each, narrow_types
 from refmodels_cupy.linear import HALVES
 from refmodels_cupy.source import form
@@ -155,10 +155,10 @@ def plan(
     if t == 1 and mask is None:
         pieces = -(-s // PIECE)
         partial, arrived = device.empty((batch, heads, pieces, size + 2), np.float32), xp.zeros((batch, heads), np.int32)
-        aligned = all(int(number) * key.itemsize % 16 == 0 for number in (size, *strides)) and not _address(key) % 16
+        aligned = all(int(number) * key.itemsize % 16 == 0 for number in (size, *strides)) and not address(key) % 16
         launch = Launch(
             "attention_decode.cu",
-            _decode_form(dtype, size, aligned and not _address(value) % 16),
+            _decode_form(dtype, size, aligned and not address(value) % 16),
             (pieces, heads, batch),
             (DECODE_THREADS, 1, 1),
             (*arrays, partial, arrived, lengths, np.int32(size), np.int32(s), np.int32(heads), *strides, np.float32(scale),
@@ -210,16 +210,12 @@ def _stride(array: Any, axis: int) -> np.int64:
     return np.int64(0 if array.shape[axis] == 1 else math.prod(array.shape[axis + 1 :]))
 
 
-def _address(array: Any) -> int:
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
-
-
 def _rows(xp: Any, query: Any) -> tuple[Any, np.int64]:
     """Queries whose rows follow one another with one stride, and that stride: as they are, or a copy."""
     batch, t, _, size = query.shape
     per_row, stride, *inner = _strides(query)
     one_stride = batch == 1 or t == 1 or per_row == t * stride
-    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | _address(query)) % 16
+    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | address(query)) % 16
     if not one_stride or inner != [size, 1] or not aligned:
         query = _aligned(xp, query)
         per_row, stride, *_ = _strides(query)
@@ -238,7 +234,7 @@ def _strides(array: Any) -> tuple[int, ...]:
 def _aligned(xp: Any, array: Any) -> Any:
     """Contiguous, from a multiple of 16 bytes on."""
     array = xp.ascontiguousarray(array)
-    return array.copy() if _address(array) % 16 else array
+    return array.copy() if address(array) % 16 else array
 
 
 def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -247,7 +243,7 @@ def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
 
     def is_fine(array: Any) -> bool:
         strides = _strides(array)
-        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and _address(array) % 16 == 0
+        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and address(array) % 16 == 0
 
     return (key, value) if is_fine(key) and is_fine(value) else (_aligned(xp, key), _aligned(xp, value))
 

@@ -48,6 +48,11 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
+def address(array: Any) -> int:
+    """Where an array begins in the memory of its device."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
 class Device(Protocol):
     """A device with its own memory and one queue of work."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import linear as ops
 from refmodels.ops.precision import numpy_dtype
-from refmodels_cupy.device import Device, Grid, Launch
+from refmodels_cupy.device import Device, Grid, Launch, address
 from refmodels_cupy.elementwise import ACTIVATIONS, STORED, each, narrow_types
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix, matrix
@@ -193,8 +193,8 @@ class Products:
         return self.device.product(self.filled(x, weights.shape[1]), weights, transposed=True)
 
     def filled(self, x: Any, pitch: int) -> Any:
-        """Rows of `pitch` values, the last of which are zeros: those of models seldom need any."""
-        if x.shape[1] == pitch:
+        """Rows of `pitch` values, the last of which are zeros, from a multiple of 16 bytes on: as they are, if they are so."""
+        if x.shape[1] == pitch and address(x) % 16 == 0:
             return x
         filled = self.device.xp.zeros((len(x), pitch), x.dtype)
         filled[:, : x.shape[1]] = x
