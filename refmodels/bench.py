@@ -1,4 +1,4 @@
-"""How fast a model runs here, beside what the hardware allows, measured in the same run. What is measured: spec/bench.md.
+"""How fast one model runs here, beside what the hardware allows, measured in the same run. What is measured: spec/bench.md.
 
 `measure` takes the measurements in turns, because a shared machine changes its speed from one second to the next, and gives
 one dictionary. Load time, the first call and memory are those of a process of its own.

@@ -1,7 +1,8 @@
 """refmodels on an accelerator beside the libraries that one would pick instead, on the same device, by turns, in one run.
 
-What is measured, and what it is held to: spec/bench.md. Every system is a process of its own (`bench_worker.py`). What it fails
-at is left out, with the reason, and the others go on; a run ends when its time is up, with what there is.
+What is measured, and what it is held to: spec/bench.md. Every system is a process of its own, which `bench_worker.py` is: here
+is what they are asked, when, and what the ratios are. What one fails at is left out, with the reason, and the others go on; a
+run ends when its time is up, with what there is. For processors there is accel/bench/peers.py.
 """
 
 import multiprocessing

@@ -30,9 +30,9 @@ def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) 
     try:
         with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
             backbone, directory = _model(arguments, accelerator, plan)
-            found = measure(backbone, plan, directory, settings, show_progress)
+            found = measure(backbone, plan, directory, settings, _progress)
     finally:
-        show_progress("")
+        _progress("")
     result = {
         "preset": arguments.preset,
         "class": type(backbone).__name__,
@@ -65,7 +65,7 @@ def _model(arguments: argparse.Namespace, accelerator: Accelerator | None, plan:
     return backbone, None if random or arguments.quantize is not None else located.fetch()
 
 
-def show_progress(line: str) -> None:
+def _progress(line: str) -> None:
     """Show on a terminal what is being measured, in place of what was."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def test_uploads_from_several_threads(gpu):
     for thread in together:
         thread.join()
     assert [np.unique(gpu.to_host(each)).tolist() for each in held] == [[0], [1], [2]]
+
+
+def test_threads_that_begin_together_have_one_stream(stand_in, gpu, monkeypatch):
+    made, together, found = stand_in.module.cuda.Stream, threading.Barrier(2), []
+
+    def slowly(**how):
+        with suppress(threading.BrokenBarrierError):  # Python 3.11 lets one in at a time
+            together.wait(0.2)
+        return made(**how)
+
+    monkeypatch.setattr(stand_in.module.cuda, "Stream", slowly)
+    threads = [threading.Thread(target=lambda: found.append(gpu._stream)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [gpu._stream] * 2
 
 
 def test_working_is_entered_once(stand_in, gpu):
@@ -414,7 +432,7 @@ def test_nothing_is_missing(complete):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"driver": 0}, "no NVIDIA driver is installed here"),
+        ({"driver": 0}, "no NVIDIA driver is installed: an NVIDIA GPU needs one for CUDA 12 or newer"),
         (
             {"driver": 12040, "built": 13000},
             "this CuPy is made for CUDA 13, and the driver is of CUDA 12: install a newer driver, or pip uninstall "
@@ -519,7 +537,8 @@ def test_the_command_line_says_why_another_runs(complete, monkeypatch, capsys):
     complete.driver = 0
     assert fastest_accelerator().name == "numba"
     assert capsys.readouterr().err == (
-        "refmodels: note: accelerator 'cupy' cannot run here: no NVIDIA driver is installed here; running on numba\n"
+        "refmodels: note: accelerator 'cupy' cannot run here: no NVIDIA driver is installed: an NVIDIA GPU needs one "
+        "for CUDA 12 or newer; running on numba\n"
     )
     monkeypatch.setattr(installation, "is_installed", lambda: False)  # a machine that nobody meant to have a GPU
     assert fastest_accelerator().name == "numba"

@@ -155,6 +155,24 @@ def test_a_missing_barrier_is_found(compiled):
             run(compiled, REVERSED.format(barrier=barrier), found, threads=64)
 
 
+def test_a_warp_that_writes_where_a_slower_one_reads_is_found(compiled):
+    body = """
+    SHARED(int, kept, [64]);
+    int i = threadIdx.x;
+    kept[i] = x0[i];
+    __syncthreads();
+    int sum = __shfl_xor_sync(ALL_LANES, kept[63 - i], 1);
+    {barrier}
+    kept[i] = -1;
+    x0[i] = sum;
+    """
+    found = np.arange(64, dtype=np.int32)
+    run(compiled, body.format(barrier="__syncthreads();"), found, threads=64)
+    assert found.tolist() == [63 - (i ^ 1) for i in range(64)]
+    with pytest.raises(EmulationError, match="depends on the order of the threads"):
+        run(compiled, body.format(barrier=""), found, threads=64)
+
+
 def test_each_order_finds_what_another_does_not(compiled):
     """A thread that reads what its neighbour writes is right if that had its turn before: rising, or falling."""
     body = """
@@ -209,6 +227,23 @@ def test_one_function_with_two_sizes_of_shared_memory_is_found(compiled):
 def test_an_array_that_is_not_contiguous_is_refused(compiled):
     with pytest.raises(EmulationError, match="not contiguous"):
         run(compiled, "x0[threadIdx.x] = 0;", lanes(count=64)[::2])
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [((1, 65536, 1), (1, 1, 1)), ((1, 1, 65536), (1, 1, 1)), ((2**31, 1, 1), (1, 1, 1)), ((0, 1, 1), (1, 1, 1)),
+     ((1, 1, 1), (1025, 1, 1))],
+)  # fmt: skip
+def test_a_launch_that_no_gpu_takes_is_refused(compiled, grid, block):
+    with pytest.raises(EmulationError, match="no GPU has a grid of"):
+        Emulated(compiled).launch(Launch("planted.cu", "planted<int>", grid, block, ()))
+
+
+def test_more_shared_memory_than_every_gpu_has_is_found(compiled):
+    body = "DYNAMIC_SHARED(int, all); SHARED(int, more, [8]); more[0] = all[0] = 1; x0[threadIdx.x] = more[0];"
+    run(compiled, body, lanes(), shared=99 * 1024 - 32)
+    with pytest.raises(EmulationError, match="101380 bytes of shared memory, and a block has 101376 on some GPUs"):
+        run(compiled, body, lanes(), shared=99 * 1024 - 28)
 
 
 def test_a_source_that_does_not_compile(compiled):

@@ -251,6 +251,15 @@ def judged(compiled, sources, op, args, kwargs):
     return bool(judge(op, args, kwargs, got))
 
 
+def test_rows_that_begin_anywhere(cupy):
+    """The kernels read 16 bytes at once, which no GPU does from another address."""
+    numbers = np.random.default_rng(2).standard_normal(40).astype(numpy_dtype("bfloat16"))
+    weights = np.random.default_rng(3).standard_normal((32, 24)).astype(numpy_dtype("bfloat16"))
+    with use(cupy):
+        found = [linear(x, weights) for x in (numbers[1:33], numbers[1:33].copy())]
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 def test_nan_is_no_zero(cupy):
     op, args, kwargs = not_a_number()
     with use(cupy):

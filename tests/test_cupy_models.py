@@ -6,7 +6,7 @@ from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.decoding import AHEAD, Decoding, Graph
 from refmodels_cupy.linear import MOST
-from refmodels_cupy.program import Recorder, RecordingError
+from refmodels_cupy.recorder import Recorder, RecordingError
 from refmodels_cupy.source import DIRECTORY
 
 from refmodels import BloomBackbone, BloomCausalLM, OPTBackbone, OPTCausalLM, T5Backbone, T5Seq2SeqLM
@@ -14,6 +14,7 @@ from refmodels.conformance import check_accelerator, drawing
 from refmodels.generate import select_rows
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.sampling import greedy_token, sample_token
+from refmodels.opt import opt_backbone
 from refmodels.parameters import build_tree
 
 ONE_ORDER = (2,)
@@ -380,6 +381,13 @@ def test_what_is_no_graph_says_why(compiled):
     given = BEGIN, LENGTHS, REMAINING, prefilled(there)
     assert there.decode_tokens(*given, count=2) is None
     assert there.decode_tokens(*given, count=AHEAD + 1) is None
+
+
+def test_rows_are_what_a_launch_has_limits_for_and_tokens_are_not(compiled):
+    there = model("opt", Cupy(Counting(compiled, orders=ONE_ORDER)))
+    for shape, wanted in (((40, 2048), []), ((65536, 1), ["heads of 8 numbers, 2 of them, 65536 rows: op by op"])):
+        given = np.zeros(shape, np.int64), np.ones(shape, bool), there.device_params, there.config
+        assert there.accelerator.reasons(opt_backbone, given, {}) == wanted
 
 
 def test_an_adapter_is_not_forgotten(compiled):

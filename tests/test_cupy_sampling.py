@@ -30,6 +30,11 @@ def test_conformance(cupy, name):
     assert not cupy.crossings
 
 
+def test_more_rows_than_a_grid_has_are_declined(cupy):
+    logits = np.zeros((65536, 2), np.float32)
+    assert cupy.reasons(greedy_token, (logits,), {}) == cupy.reasons(sample_token, (logits, logits[:, 0]), {}) == ["65536 rows"]
+
+
 # -- the reference's tokens ---------------------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,10 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import attention as ops
 from refmodels.ops.position import _first_distances
-from refmodels_cupy.device import Device, Launch, Strided
-from refmodels_cupy.elementwise import each
+from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided, address
+from refmodels_cupy.elementwise import STORED, each, narrow_types
+from refmodels_cupy.linear import HALVES
 from refmodels_cupy.source import form
-
-TYPES = ("float32", "float16", "bfloat16")
-HALVES = ("float16", "bfloat16")
 
 TENSOR_SIZES = (64, 80, 96, 128)
 """Sizes of a head for the tensor cores."""
@@ -35,11 +33,8 @@ DECODE_THREADS, PIECE = 128, 128
 SOFTMAX_ROWS = 8
 """Threads, queries or rows, and keys of a block: as the kernels have them."""
 
-LONGEST_REACH = 4096
-"""Distances on each side that the kernels have room to hold T5's bias for."""
-
-MOST_BLOCKS = 65535
-"""Of a grid's second and third axis."""
+LONGEST_REACH = 256
+"""Distances on each side that the kernels have room to hold T5's bias for, beside the largest tiles."""
 
 
 def _decode_form(dtype: str, size: int, aligned: bool) -> str:
@@ -58,10 +53,10 @@ FORMS = (
         for size in TENSOR_SIZES
         for kind in (NONE, ALIBI, TABLE, GIVEN)
     ]
-    + [("attention_plain.cu", form("attention_plain", dtype, room)) for dtype in TYPES for room in ROOMS]
-    + [("attention_decode.cu", _decode_form(dtype, room, aligned=True)) for dtype in TYPES for room in ROOMS]
-    + [("attention_decode.cu", _decode_form(dtype, 1, aligned=False)) for dtype in TYPES]
-    + [("softmax.cu", form("masked_softmax", dtype)) for dtype in TYPES]
+    + [("attention_plain.cu", form("attention_plain", dtype, room)) for dtype in STORED for room in ROOMS]
+    + [("attention_decode.cu", _decode_form(dtype, room, aligned=True)) for dtype in STORED for room in ROOMS]
+    + [("attention_decode.cu", _decode_form(dtype, 1, aligned=False)) for dtype in STORED]
+    + [("softmax.cu", form("masked_softmax", dtype)) for dtype in STORED]
 )
 """Every form that may be launched, with its file."""
 
@@ -160,10 +155,10 @@ def plan(
     if t == 1 and mask is None:
         pieces = -(-s // PIECE)
         partial, arrived = device.empty((batch, heads, pieces, size + 2), np.float32), xp.zeros((batch, heads), np.int32)
-        aligned = all(int(number) * key.itemsize % 16 == 0 for number in (size, *strides)) and not _address(key) % 16
+        aligned = all(int(number) * key.itemsize % 16 == 0 for number in (size, *strides)) and not address(key) % 16
         launch = Launch(
             "attention_decode.cu",
-            _decode_form(dtype, size, aligned and not _address(value) % 16),
+            _decode_form(dtype, size, aligned and not address(value) % 16),
             (pieces, heads, batch),
             (DECODE_THREADS, 1, 1),
             (*arrays, partial, arrived, lengths, np.int32(size), np.int32(s), np.int32(heads), *strides, np.float32(scale),
@@ -192,7 +187,7 @@ def plan(
             (-(-t // PLAIN_QUERIES), heads, batch),
             (32 * PLAIN_WARPS, 1, 1),
             (*arrays, np.int32(size), *sizes, np.int32(kind), *biased, *distances),
-            16 * PLAIN_WARPS * (room + PLAIN_KEYS) + 4 * PLAIN_KEYS * (2 * room + 1) + of_distance,
+            16 * PLAIN_WARPS * room + 4 * PLAIN_KEYS * (2 * room + 1) + of_distance,
         )
     ]
 
@@ -215,16 +210,12 @@ def _stride(array: Any, axis: int) -> np.int64:
     return np.int64(0 if array.shape[axis] == 1 else math.prod(array.shape[axis + 1 :]))
 
 
-def _address(array: Any) -> int:
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
-
-
 def _rows(xp: Any, query: Any) -> tuple[Any, np.int64]:
     """Queries whose rows follow one another with one stride, and that stride: as they are, or a copy."""
     batch, t, _, size = query.shape
     per_row, stride, *inner = _strides(query)
     one_stride = batch == 1 or t == 1 or per_row == t * stride
-    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | _address(query)) % 16
+    aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | address(query)) % 16
     if not one_stride or inner != [size, 1] or not aligned:
         query = _aligned(xp, query)
         per_row, stride, *_ = _strides(query)
@@ -243,7 +234,7 @@ def _strides(array: Any) -> tuple[int, ...]:
 def _aligned(xp: Any, array: Any) -> Any:
     """Contiguous, from a multiple of 16 bytes on."""
     array = xp.ascontiguousarray(array)
-    return array.copy() if _address(array) % 16 else array
+    return array.copy() if address(array) % 16 else array
 
 
 def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -252,7 +243,7 @@ def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
 
     def is_fine(array: Any) -> bool:
         strides = _strides(array)
-        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and _address(array) % 16 == 0
+        return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and address(array) % 16 == 0
 
     return (key, value) if is_fine(key) and is_fine(value) else (_aligned(xp, key), _aligned(xp, value))
 
@@ -275,14 +266,14 @@ def register(accelerator: Accelerator, device: Device) -> None:
     ) -> Any:
         return attend(device, query, key, value, mask=mask, bias=bias, scale=scale)
 
-    @accelerator.kernel(ops.attention_scores, when=_is_narrow)
+    @accelerator.kernel(ops.attention_scores, when=narrow_types)
     def attention_scores(query: Any, key: Any, bias: Any = None, *, scale: float = 1.0) -> Any:
         with device.working():
             products = _wide(query).transpose(0, 2, 1, 3) @ _wide(key).transpose(0, 2, 3, 1)
             scores = each(device, products, factor=scale)
             return scores if bias is None else each(device, scores, bias, combination="add")
 
-    @accelerator.kernel(ops.masked_softmax, when=_is_narrow)
+    @accelerator.kernel(ops.masked_softmax, when=narrow_types)
     def masked_softmax(scores: Any, mask: Any) -> Any:
         _, heads, t, s = scores.shape
         weights = device.empty(scores.shape, np.float32)
@@ -296,7 +287,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
             device.launch(Launch("softmax.cu", kernel, blocks, threads, (scores, mask, weights, *sizes)))
         return weights
 
-    @accelerator.kernel(ops.attention_context, when=_is_narrow)
+    @accelerator.kernel(ops.attention_context, when=narrow_types)
     def attention_context(weights: Any, value: Any) -> Any:
         with device.working(), np.errstate(over="ignore"):
             context = _wide(weights) @ _wide(value).transpose(0, 2, 1, 3)
@@ -307,18 +298,12 @@ def _wide(x: Any) -> Any:
     return x.astype(np.float32, copy=False)
 
 
-def _is_narrow(*arrays: Any, **named: Any) -> bool | str:
-    """float32 and narrower"""
-    given = [*arrays, *named.values()]
-    return "float64" if any(getattr(array, "dtype", None) == np.float64 for array in given) else True
-
-
 def _fits(
     query: Any, key: Any, value: Any, mask: Any, bias: Any = None, *, dropout_rate: float = 0.0, rng: Any = None, **_: Any
 ) -> bool | str:
     """heads of up to 256 numbers of one type, float32 or narrower, without dropout"""
     batch, _t, heads, size = query.shape
-    if len({query.dtype, key.dtype, value.dtype}) > 1 or value.dtype.name not in TYPES:
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or value.dtype.name not in STORED:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if bias is not None and bias.dtype == np.float64:
         return "bias is float64"

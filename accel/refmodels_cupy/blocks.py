@@ -1,7 +1,7 @@
 """What the models are made of, as launches on rows of activations: norms, dense layers, attention, token vectors, scores.
 
-The families put these together as their readable bodies do. On a device the launches run at once, on a `Recorder` they become a
-program: one description of a layer serves prompts of any length and the captured step of decoding.
+The families put these together as their readable bodies do. On a device the launches run at once, a `Recorder` keeps them: one
+description of a layer serves prompts of any length and the captured step of decoding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +14,15 @@ from refmodels.op import Params, ShapeError
 from refmodels.ops.cache import cache_append
 from refmodels.ops.position import token_positions
 from refmodels.ops.precision import compute_dtype, numpy_dtype
-from refmodels_cupy.attention import MOST_BLOCKS, ROOMS, attend
+from refmodels_cupy.attention import ROOMS, attend
 from refmodels_cupy.cache import append, filled
-from refmodels_cupy.device import Device
+from refmodels_cupy.device import MOST_BLOCKS, Device
 from refmodels_cupy.elementwise import STORED, elementwise
 from refmodels_cupy.linear import MOST, OPERANDS, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
-from refmodels_cupy.norm import norm
-from refmodels_cupy.program import Recorder
+from refmodels_cupy.norm import norm, residual_norm
 from refmodels_cupy.quantize import LONGEST, rows_to_int8
+from refmodels_cupy.recorder import Recorder
 from refmodels_cupy.weights import TOGETHER, Matrix
 
 
@@ -48,7 +48,7 @@ class Block:
         self.dtype, self.batch, self.t, self.rows = numpy_dtype(dtype), batch, t, batch * t
 
     def layers(self, layers: Iterable[Params]) -> Iterator[tuple[int, Params]]:
-        """The layers with their numbers. What one of a recorded program has allocated serves the next one too."""
+        """The layers with their numbers. What one of a recorded step has allocated serves the next one too."""
         for i, layer in enumerate(layers):
             if isinstance(self.device, Recorder):
                 self.device.again()
@@ -65,6 +65,16 @@ class Block:
     def dense(self, x: Any, p: Params, *, gate: Params | None = None, dtype: str | None = None, **finish: Any) -> Any:
         """`dense` and what follows it: residual + activation(x @ kernel + bias) * (x @ gate's kernel), rounded once."""
         return self._product(self._inputs(x, p), _weights(p), None if gate is None else _weights(gate), dtype, **finish)
+
+    def dense_norm(self, x: Any, p: Params, norm_p: Params, epsilon: float, *, residual: Any) -> tuple[Any, Any]:
+        """residual + `dense` of x, and the norm of that. Of many rows the sum is made where the norm reads it."""
+        if len(x) <= MOST:
+            total = self.dense(x, p, residual=residual)
+            return total, self.norm(total, norm_p, epsilon)
+        total, y = (self.device.empty(residual.shape, residual.dtype) for _ in range(2))
+        change = self.dense(x, p | {"bias": None})
+        residual_norm(self.device, residual, change, total, norm_p, y, epsilon=epsilon, bias=p.get("bias"))
+        return total, y
 
     def query_key_value(self, x: Any, p: Params, heads: int) -> list[Any]:
         """Queries, keys and values (b, t, h, d) of an attention: by one product where their matrices are one."""
@@ -222,14 +232,18 @@ def kept(p: Params, name: str, make: Callable[[], Any]) -> Any:
 # -- when a model is run op by op ---------------------------------------------------------------------------------------------
 
 
-def refused(params: Params, config: Any, batch: int, *, rng: Any = None, caches: Iterable[Params] = ()) -> str | None:
-    """Why a part of a model is run op by op, if that is so. `params` are the part's, `caches` have keys and values."""
+def refused(
+    params: Params, config: Any, shape: tuple[int, int], *, rng: Any = None, caches: Iterable[Params] = ()
+) -> str | None:
+    """Why a part of a model is run op by op, if that is so. `params` are the part's, the tokens (b, t) have this `shape`, and
+    `caches` have keys and values."""
     dtype = compute_dtype(config.dtype)
     if dtype not in STORED:
         return f"{config.dtype}: the reference's"
     if rng is not None and config.dropout > 0:
         return "dropout draws: op by op"
-    if not batch:
+    batch, t = shape
+    if not batch * t:
         return "no rows: op by op"
     if config.hidden_dim > LONGEST_NORM:
         return f"norms of {config.hidden_dim} values: op by op"

@@ -1,4 +1,4 @@
-"""BLOOM as launches: a layer and the stack. ALiBi is made in the attention kernels, from each head's slope."""
+"""BLOOM as launches: a layer, the stack, the scores of the next tokens. Attention makes ALiBi from each head's slope."""
 
 from typing import Any
 
@@ -20,8 +20,7 @@ def layer(block: Block, x: Any, p: Params, config: BloomConfig, cache: Params | 
     own, epsilon = p["self_attention"], config.layer_norm_epsilon
     h = block.norm(x, p["pre_attention_layernorm"], epsilon)
     h = block.attention(h, own, config.num_heads, cache, places, scale=config.head_dim**-0.5, bias=alibi)
-    x = block.dense(h, own["output"], residual=x)
-    h = block.norm(x, p["post_attention_layernorm"], epsilon)
+    x, h = block.dense_norm(h, own["output"], p["post_attention_layernorm"], epsilon, residual=x)
     h = block.dense(h, p["mlp_intermediate_dense"], activation="gelu_approximate")
     return block.dense(h, p["mlp_output_dense"], residual=x)
 
@@ -49,7 +48,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         token_ids: Any, padding_mask: Any, params: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(params, config, token_ids.size, rng=rng, caches=cache["layers"] if cache else ()) or True
+        return refused(params, config, token_ids.shape, rng=rng, caches=cache["layers"] if cache else ()) or True
 
     @accelerator.kernel(reference.bloom_backbone, when=backbone_fits)
     def bloom_backbone(
@@ -75,7 +74,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         x: Any, p: Any, mask: Any, alibi: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng, caches=[cache] if cache else ()) or True
+        return refused(p, config, x.shape[:2], rng=rng, caches=[cache] if cache else ()) or True
 
     @accelerator.kernel(reference.bloom_decoder_layer, when=layer_fits)
     def bloom_decoder_layer(

@@ -19,7 +19,7 @@ from refmodels_cupy.blocks import Block, Places, refused
 from refmodels_cupy.cache import enter, filled
 from refmodels_cupy.device import Device, Launch
 from refmodels_cupy.linear import MOST
-from refmodels_cupy.program import Recorder
+from refmodels_cupy.recorder import Recorder
 from refmodels_cupy.sampling import greedy, sample, scratch
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Decoding:
             return f"{rows} rows: more than one graph is for"
         if rows != len(cache["padding_mask"]):
             return f"{rows} rows for a cache of {len(cache['padding_mask'])}"
-        return refused(params, config, rows, caches=[*cache["layers"], *cache.get("encoded", ())]) or True
+        return refused(params, config, (rows, 1), caches=[*cache["layers"], *cache.get("encoded", ())]) or True
 
     def step(self, token_ids: Any, padding_mask: Any, positions: Any, params: Params, cache: Params, config: Any) -> Any:
         """The scores (b, v) of what comes after the tokens (b, 1) at positions (b,)."""

@@ -23,6 +23,9 @@ from refmodels_cupy.compiler import function
 
 Grid = tuple[int, int, int]
 
+MOST_BLOCKS = 65535
+"""Of a grid's second and third axis."""
+
 
 class Strided(NamedTuple):
     """An array among the arguments of a launch that is not contiguous: the kernel is told its strides as well."""
@@ -34,7 +37,7 @@ class Launch(NamedTuple):
     """One launch of a kernel: its file, its form, blocks, threads of a block, arguments, bytes of dynamic shared memory.
 
     Arguments are device arrays (their addresses are passed; contiguous, or `Strided`), None (a null address) and
-    NumPy scalars of the parameter's type.
+    NumPy scalars of the parameter's type. With what the kernel declares, a block may have 99 KB of shared memory on every GPU.
     """
 
     file: str
@@ -43,6 +46,11 @@ class Launch(NamedTuple):
     block: Grid
     arguments: tuple[Any, ...]
     shared: int = 0
+
+
+def address(array: Any) -> int:
+    """Where an array begins in the memory of its device."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 class Device(Protocol):
@@ -108,16 +116,20 @@ class Gpu:
 
     @cached_property
     def _pool(self) -> Any:
-        return self.xp.cuda.MemoryPool()
+        return self._first("_pool", self.xp.cuda.MemoryPool())
 
     @cached_property
     def _stream(self) -> Any:
         with self._device:
-            return self.xp.cuda.Stream(non_blocking=True)
+            return self._first("_stream", self.xp.cuda.Stream(non_blocking=True))
 
     @cached_property
     def _staging(self) -> "Staging":
         return Staging(self.xp.cuda)
+
+    def _first(self, name: str, made: Any) -> Any:
+        """What is kept under this name: `made`, or what another thread has made meanwhile."""
+        return self.__dict__.setdefault(name, made)
 
     @cached_property
     def name(self) -> str:

@@ -64,7 +64,7 @@ def _without_driver(cuda: Any) -> str | None:
     except cuda.runtime.CUDARuntimeError as error:
         return f"NVIDIA's driver does not answer: {error}"
     if driver == 0:
-        return "no NVIDIA driver is installed here"
+        return f"no NVIDIA driver is installed: an NVIDIA GPU needs one for CUDA {built} or newer"
     if built > driver:
         return (
             f"this CuPy is made for CUDA {built}, and the driver is of CUDA {driver}: install a newer driver, or pip uninstall "

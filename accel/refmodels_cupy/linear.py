@@ -9,7 +9,7 @@ import numpy as np
 from refmodels.accelerator import Accelerator
 from refmodels.ops import linear as ops
 from refmodels.ops.precision import numpy_dtype
-from refmodels_cupy.device import Device, Grid, Launch
+from refmodels_cupy.device import Device, Grid, Launch, address
 from refmodels_cupy.elementwise import ACTIVATIONS, STORED, each, narrow_types
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix, matrix
@@ -168,10 +168,10 @@ class Products:
     ) -> None:
         """What `fused` makes without a gate, of any number of rows, by cuBLAS. Rows need no zeros behind the inputs."""
         plain = scale is None and row_scale is None and (factor, activation) == (1.0, "linear")
-        as_it_is = plain and w.kind == x.dtype.name
-        exact = bias is None or y.dtype in (bias.dtype, np.float32)
-        if as_it_is and exact and y.dtype in (x.dtype, np.float32):
-            # cuBLAS adds to what is there, and rounds once: the sums need not be written and read again.
+        bias_fits = bias is None or y.dtype in (bias.dtype, np.float32)
+        if plain and bias_fits and w.kind == x.dtype.name and y.dtype in (x.dtype, np.float32):
+            # cuBLAS adds to what is in y: the sums need not be written and read again. The sum of residual and bias is rounded
+            # before, as by the ops one after the other.
             added = bias is not None or residual is not None
             if added:
                 self.finish(None, y, bias=bias, residual=residual)
@@ -193,8 +193,8 @@ class Products:
         return self.device.product(self.filled(x, weights.shape[1]), weights, transposed=True)
 
     def filled(self, x: Any, pitch: int) -> Any:
-        """Rows of `pitch` values, the last of which are zeros: those of models seldom need any."""
-        if x.shape[1] == pitch:
+        """Rows of `pitch` values, the last of which are zeros, from a multiple of 16 bytes on: as they are, if they are so."""
+        if x.shape[1] == pitch and address(x) % 16 == 0:
             return x
         filled = self.device.xp.zeros((len(x), pitch), x.dtype)
         filled[:, : x.shape[1]] = x

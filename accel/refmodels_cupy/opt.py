@@ -1,4 +1,4 @@
-"""OPT as launches: a layer, the stack, and the step of decoding, which is one graph."""
+"""OPT as launches: a layer, the stack, and the scores of the next tokens, of which decoding.py makes a graph."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ def layer(block: Block, x: Any, p: Params, config: OPTConfig, cache: Params | No
     before, own = config.do_layer_norm_before, p["self_attention"]
     h = block.norm(x, first, EPSILON) if before else x
     h = block.attention(h, own, config.num_heads, cache, places, scale=config.head_dim**-0.5)
-    x = block.dense(h, own["output"], residual=x)
-    x = x if before else block.norm(x, first, EPSILON)
-    h = block.norm(x, second, EPSILON) if before else x
+    total, h = block.dense_norm(h, own["output"], second if before else first, EPSILON, residual=x)
+    x = total if before else h
     h = block.dense(h, p["feedforward_intermediate_dense"], activation="relu")
-    x = block.dense(h, p["feedforward_output_dense"], residual=x)
-    return x if before else block.norm(x, second, EPSILON)
+    if before:
+        return block.dense(h, p["feedforward_output_dense"], residual=x)
+    return block.dense_norm(h, p["feedforward_output_dense"], second, EPSILON, residual=x)[1]
 
 
 def embedded(block: Block, ids: Any, position_ids: Any, params: Params, config: OPTConfig, given: Any = None) -> Any:
@@ -59,7 +59,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         token_ids: Any, padding_mask: Any, params: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(params, config, token_ids.size, rng=rng, caches=cache["layers"] if cache else ()) or True
+        return refused(params, config, token_ids.shape, rng=rng, caches=cache["layers"] if cache else ()) or True
 
     @accelerator.kernel(reference.opt_backbone, when=backbone_fits)
     def opt_backbone(
@@ -86,7 +86,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     def layer_fits(x: Any, p: Any, mask: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng, caches=[cache] if cache else ()) or True
+        return refused(p, config, x.shape[:2], rng=rng, caches=[cache] if cache else ()) or True
 
     @accelerator.kernel(reference.opt_decoder_layer, when=layer_fits)
     def opt_decoder_layer(

@@ -10,16 +10,15 @@ from refmodels.ops import quantize as ops
 from refmodels.ops.precision import numpy_dtype
 from refmodels_cupy import weights
 from refmodels_cupy.device import Device, Launch
-from refmodels_cupy.elementwise import narrow_types
+from refmodels_cupy.elementwise import STORED, narrow_types
 from refmodels_cupy.linear import MOST, Products
 from refmodels_cupy.source import form
 from refmodels_cupy.weights import Matrix
 
 THREADS = (256, 1, 1)
-FLOATS = ("float32", "float16", "bfloat16")
 
 FORMS = [
-    *(("quantize.cu", form(kernel, x)) for kernel in ("row_scale", "quantize_rows", "rows_to_int8") for x in FLOATS),
+    *(("quantize.cu", form(kernel, x)) for kernel in ("row_scale", "quantize_rows", "rows_to_int8") for x in STORED),
 ]
 
 LONGEST = (2**31 - 1) // 128**2

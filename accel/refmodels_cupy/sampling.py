@@ -6,7 +6,7 @@ import numpy as np
 
 from refmodels.accelerator import Accelerator
 from refmodels.ops import sampling as ops
-from refmodels_cupy.device import Device, Launch
+from refmodels_cupy.device import MOST_BLOCKS, Device, Launch
 from refmodels_cupy.elementwise import each, narrow_types, to_float64
 from refmodels_cupy.source import form
 
@@ -112,7 +112,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         shifted = (scores - scores.max(-1, keepdims=True)) / scores.dtype.type(temperature)
         return shifted - xp.log(xp.exp(shifted).sum(-1, keepdims=True))
 
-    @accelerator.kernel(ops.penalise_repetition, when=_narrow_scores)
+    @accelerator.kernel(ops.penalise_repetition, when=_fits)
     def penalise_repetition(logits: Any, token_ids: Any, mask: Any, penalty: Any) -> Any:
         scores, (b, v) = wide(logits), logits.shape
         held = xp.zeros((b, v + 1), bool)  # the last column is for what is no token of the row's
@@ -144,14 +144,14 @@ def register(accelerator: Accelerator, device: Device) -> None:
     def token_log_probs(logits: Any, token_ids: Any) -> Any:
         return xp.take_along_axis(log_softmax(logits), token_ids[..., None], -1)[..., 0]
 
-    @accelerator.kernel(ops.greedy_token, when=narrow_types)
+    @accelerator.kernel(ops.greedy_token, when=_fits)
     def greedy_token(logits: Any) -> Any:
         tokens = device.empty(logits.shape[:1], np.int64)
         if tokens.size:
             greedy(device, xp.ascontiguousarray(logits), tokens)
         return tokens
 
-    @accelerator.kernel(ops.sample_token, when=_narrow_scores)
+    @accelerator.kernel(ops.sample_token, when=_fits)
     def sample_token(
         logits: Any, uniform: Any, *, temperature: Any = None, top_k: Any = None, top_p: Any = None, min_p: Any = None
     ) -> Any:
@@ -189,6 +189,6 @@ def register(accelerator: Accelerator, device: Device) -> None:
         return xp.where(to_float64(device, probabilities) > 0, score, -np.inf).argmax(-1)
 
 
-def _narrow_scores(logits: Any, *_: Any, **__: Any) -> bool | str:
-    """scores in float32 and narrower"""
-    return narrow_types(logits)
+def _fits(logits: Any, *_: Any, **__: Any) -> bool | str:
+    """scores in float32 and narrower, of up to 65,535 rows"""
+    return narrow_types(logits) if len(logits) <= MOST_BLOCKS else f"{len(logits)} rows"

@@ -1,7 +1,7 @@
 """The CUDA C++ of the kernels: where it is, which forms of each kernel are made, and how they are compiled.
 
 A kernel is a template over the types that it reads and writes; a form is one choice of them, written as C++ does:
-`layer_norm<bf16, bf16>`. Forms are compiled when they are first launched, or all of them ahead of time, for the tests.
+`elementwise<bf16, float>`. Forms are compiled when they are first launched, or all of them ahead of time, for the tests.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def all_forms(families: Iterable[str]) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=None, typed=True)  # True and 1 are two forms; a recorded step has hundreds of launches
 def form(kernel: str, *arguments: str | int | bool) -> str:
-    """A form of a kernel, its types by NumPy's names: form("layer_norm", "bfloat16", "float32")."""
+    """A form of a kernel, its types by NumPy's names: form("elementwise", "bfloat16", "float32")."""
     return f"{kernel}<{', '.join(TYPES.get(str(a), str(a).lower()) for a in arguments)}>"
 
 

@@ -1,4 +1,6 @@
-"""T5 as launches: the parts of a layer, and both stacks. Its position bias is looked up in the attention kernels, by distance.
+"""T5 as launches: the parts of a layer, both stacks, and the scores of the next tokens.
+
+The position bias is looked up in the attention kernels, by distance.
 
 The residual stream and what is added to it are in `residual_dtype`, float32 for a float16 model (T5-C8): products round their
 float32 sums to that type, and norms bring the stream down to the type of the activations.
@@ -102,7 +104,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         token_ids: Any, padding_mask: Any, params: Any, config: Any, *, embeddings: Any = None, rng: Any = None
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(params, config, token_ids.size, rng=rng) or True
+        return refused(params, config, token_ids.shape, rng=rng) or True
 
     @accelerator.kernel(reference.t5_encoder, when=encoder_fits)
     def t5_encoder(
@@ -128,7 +130,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
         caches = [*encoded, *(cache["layers"] if cache else ())]
-        return refused(params, config, token_ids.size, rng=rng, caches=caches) or True
+        return refused(params, config, token_ids.shape, rng=rng, caches=caches) or True
 
     @accelerator.kernel(reference.t5_decoder, when=decoder_fits)
     def t5_decoder(
@@ -155,7 +157,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
         x: Any, p: Any, mask: Any, bias: Any, config: Any, *, cache: Any = None, rng: Any = None, **_: Any
     ) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng, caches=[cache] if cache else ()) or True
+        return refused(p, config, x.shape[:2], rng=rng, caches=[cache] if cache else ()) or True
 
     @accelerator.kernel(reference.t5_self_attention, when=self_attention_fits)
     def t5_self_attention(
@@ -175,7 +177,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     def cross_attention_fits(x: Any, p: Any, encoded: Any, mask: Any, config: Any, *, rng: Any = None) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng, caches=[encoded]) or True
+        return refused(p, config, x.shape[:2], rng=rng, caches=[encoded]) or True
 
     @accelerator.kernel(reference.t5_cross_attention, when=cross_attention_fits)
     def t5_cross_attention(x: Any, p: Params, encoded: Params, mask: Any, config: T5Config, *, rng: Any = None) -> Any:
@@ -185,7 +187,7 @@ def register(accelerator: Accelerator, device: Device) -> None:
 
     def feedforward_fits(x: Any, p: Any, config: Any, *, rng: Any = None) -> bool | str:
         """loaded parameters, no adapters, no dropout, not float64"""
-        return refused(p, config, x.size, rng=rng) or True
+        return refused(p, config, x.shape[:2], rng=rng) or True
 
     @accelerator.kernel(reference.t5_feedforward, when=feedforward_fits)
     def t5_feedforward(x: Any, p: Params, config: T5Config, *, rng: Any = None) -> Any:

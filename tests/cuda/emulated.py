@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 from refmodels_cupy.accelerator import FAMILIES
-from refmodels_cupy.device import Strided
+from refmodels_cupy.device import MOST_BLOCKS, Strided, address
 from refmodels_cupy.source import DIRECTORY, all_forms
 
 HERE = Path(__file__).parent
 ORDERS = (0, 1, 2)
 MANY_THREADS = 2**16
 """A launch of more runs in one order alone: blocks are alike, and each thread costs a microsecond or so."""
+
+VECTORS = {"matmul_few.cu": (0, 2, 5), "matvec.cu": (0, 1, 4), "attention_prefill.cu": (0, 2, 3)}
+"""Arguments that a kernel reads 16 bytes at once whatever its form: no GPU does so but from a multiple of 16."""
 
 ONE_AT_A_TIME = threading.RLock()  # the emulation's state is global
 
@@ -98,11 +101,19 @@ class Emulated:
 
     def launch(self, launch):
         self.launches[launch.form] = self.launches.get(launch.form, 0) + 1
+        (x, *others), threads = launch.grid, math.prod(launch.block)
+        # Of a grid without a block CuPy would make one with a block.
+        if not (0 < x < 2**31 and all(0 < size <= MOST_BLOCKS for size in others) and 0 < threads <= 1024):
+            raise EmulationError(f"{launch.form}: no GPU has a grid of {launch.grid} with blocks of {launch.block}")
         arrays = [argument for argument in launch.arguments if isinstance(argument, np.ndarray)]
         for array in arrays:
             if not array.flags.c_contiguous:
                 raise EmulationError(f"{launch.form}: an array that is not contiguous: {array.shape}, strides {array.strides}")
         arrays += [argument.array for argument in launch.arguments if isinstance(argument, Strided)]
+        for place in VECTORS.get(launch.file, ()):
+            array = getattr(launch.arguments[place], "array", launch.arguments[place])
+            if array is not None and address(array) % 16:
+                raise EmulationError(f"{launch.form}: argument {place} begins at no multiple of 16 bytes")
         before = [array.copy() for array in arrays]
         first = None
         with ONE_AT_A_TIME:

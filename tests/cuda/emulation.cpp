@@ -76,6 +76,7 @@ emulation_switch:
 namespace emulation {
 
 constexpr size_t STACK = 128 * 1024;
+constexpr size_t MOST_SHARED = 99 * 1024;
 
 enum Order { RISING, FALLING, SHUFFLED };
 
@@ -202,6 +203,9 @@ void* shared_memory(int key, size_t size) {
         memory.size = size;
         std::memset(memory.bytes.get(), FILLED[block.order], size);
     }
+    size_t all = block.shared.count(DYNAMIC) ? 0 : block.dynamic;
+    for (auto& [_, one] : block.shared) all += one.size;
+    if (all > MOST_SHARED) fail("%zu bytes of shared memory, and a block has %zu on some GPUs", all, MOST_SHARED);
     if (memory.size != size) fail("shared memory of %zu bytes that has %zu in another instance of its function", size, memory.size);
     return memory.bytes.get();
 }
@@ -292,17 +296,33 @@ static void run_block(unsigned seed) {
     std::vector<unsigned> turns(threads);
     for (unsigned t = 0; t < threads; ++t) {
         prepare(block.fibers[t]);
-        turns[t] = block.order == FALLING ? threads - 1 - t : t;
+        turns[t] = t;
     }
     std::mt19937 random(seed);
+    auto give_turn = [](unsigned t) {
+        auto& turn = block.fibers[t];
+        bool waits = turn.awaited && *turn.awaited == turn.was && !block.failed;
+        if (turn.done || waits) return false;
+        resume(t);
+        return true;
+    };
+    // A warp goes on as far as it can before the next one begins, as it may on a GPU.
+    auto give_turns = [&](unsigned warp) {
+        unsigned begin = warp * WARP, end = std::min(begin + WARP, threads);
+        for (bool any = true; any;) {
+            any = false;
+            for (unsigned t = begin; t < end; ++t) any |= give_turn(block.order == FALLING ? begin + end - 1 - t : t);
+        }
+    };
     while (block.living) {
         block.progress = false;
-        if (block.order == SHUFFLED) std::shuffle(turns.begin(), turns.end(), random);
-        for (unsigned t : turns)
-            if (auto& turn = block.fibers[t]; !turn.done) {
-                bool waits = turn.awaited && *turn.awaited == turn.was && !block.failed;
-                if (!waits) resume(t);
-            }
+        if (block.order == SHUFFLED) {
+            std::shuffle(turns.begin(), turns.end(), random);
+            for (unsigned t : turns) give_turn(t);
+        } else {
+            unsigned warps = unsigned(block.warps.size());
+            for (unsigned w = 0; w < warps; ++w) give_turns(block.order == FALLING ? warps - 1 - w : w);
+        }
         if (!block.progress && block.living && !block.failed) {
             block.failed = true;
             std::snprintf(block.error, sizeof block.error,

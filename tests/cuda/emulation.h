@@ -2,7 +2,7 @@
 // as fibers that change places at barriers, warp shuffles and matrix products of warps.
 //
 // A kernel with a missing barrier may still be right in one order of its threads: launch() runs it in the order it is told
-// (rising, falling or shuffled), and the tests try each. Shared memory of a block is new for each and lies between the sanitizer's
+// (warps rising or falling, each as far as it comes, or all threads shuffled), and the tests try each. Shared memory of a block is new for each and lies between the sanitizer's
 // red zones. It is filled with bytes that are NaN or huge in most types, other ones for each order: what a kernel reads before it
 // was written differs too. A barrier that not every thread reaches is an error that names it.
 //

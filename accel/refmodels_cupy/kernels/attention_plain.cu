@@ -6,8 +6,9 @@
 //     context    lane l has the columns      context[:, l], [:, l + 32] ...   += 4 weights of each key * values[key, those]
 //                l, l + 32, ...
 //
-// In between the lanes of a warp lay the weights down for each other. The sums are float32, from the first key to the last; see
-// attention.cuh for keys that are left out.
+// In between the lanes of a warp lay the weights down for each other, where the keys were: so heads of 256 numbers fit into the
+// 99 KB that a block has on every GPU. The sums are float32, from the first key to the last; see attention.cuh for keys that are
+// left out.
 #include "attention.cuh"
 
 constexpr int WARPS = 8;
@@ -24,9 +25,10 @@ __global__ void __launch_bounds__(THREADS, 2) attention_plain(
     int64_t key_mask_batch, int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,
     int64_t bias_batch, const int* firsts, int side, int reach, int bidirectional) {
     DYNAMIC_SHARED(float4, memory);
-    float4* queries = memory + threadIdx.x / WARP_SIZE * (D + KEYS);  // [D] of each warp: a number of all its 4 queries
-    float4* weights = queries + D;                                   // [KEYS] of each warp
-    float* keys = reinterpret_cast<float*>(memory + WARPS * (D + KEYS));
+    float4* queries = memory + threadIdx.x / WARP_SIZE * D;                  // [D] of each warp: a number of all its 4 queries
+    float4* weights = memory + WARPS * D + threadIdx.x / WARP_SIZE * KEYS;  // [KEYS] of each warp, in the place of keys
+    float* keys = reinterpret_cast<float*>(memory + WARPS * D);
+    static_assert(WARPS * KEYS * sizeof(float4) <= KEYS * (D + 1) * sizeof(float), "the weights fit where the keys were");
     float* values = keys + KEYS * (D + 1);
     float* by_distance = values + KEYS * D;
 
@@ -93,6 +95,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_plain(
 #pragma unroll
             for (int c = 0; c < D / WARP_SIZE; ++c) sums[r][c] *= lowered;
         }
+        __syncthreads();  // nobody reads the keys any more
         weights[lane] = {x[0], x[1], x[2], x[3]};
         __syncwarp();
         for (int j = 0; j < KEYS; ++j) {
@@ -103,7 +106,6 @@ __global__ void __launch_bounds__(THREADS, 2) attention_plain(
                 sums[0][c] += p.x * v, sums[1][c] += p.y * v, sums[2][c] += p.z * v, sums[3][c] += p.w * v;
             }
         }
-        __syncwarp();  // the weights have been read
     }
 
 #pragma unroll

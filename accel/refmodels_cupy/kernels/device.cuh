@@ -321,7 +321,7 @@ __device__ __forceinline__ float of_others(const float* p) {
 
 // -- tensor cores -------------------------------------------------------------------------------------------------------------
 
-// d += a b for one 16x8x16 tile of a warp; d in float32. The layout of the fragments is PTX's for mma.m16n8k16: see attention.cu.
+// d += a b for one 16x8x16 tile of a warp; d in float32. The fragments lie as in PTX's mma.m16n8k16: see attention_prefill.cu.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

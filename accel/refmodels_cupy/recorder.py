@@ -26,14 +26,14 @@ class Recorder:
         self._next = 0
 
     def to_device(self, array: Array) -> Any:
-        """A constant of the program."""
+        """A constant of the step."""
         return self.device.to_device(array)
 
     def to_host(self, array: Any) -> Array:
         raise RecordingError("a step that is captured may not be waited for")
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """An array of the program, which a layer may have from the layer before it: see `again`."""
+        """An array of the step, which a layer may have from the layer before it: see `again`."""
         if self._of_a_layer is None:
             return self.device.empty(shape, dtype)
         known, place = self._of_a_layer, self._next
