@@ -36,7 +36,11 @@ COMPOSITES = {
     "t5_encoder": "float16",
     "t5_decoder": "float32",
     "t5_decode_step": "bfloat16",
+    "opt/ahead": "bfloat16",
+    "bloom/ahead": "float32",
+    "t5/ahead": "float16",
 }
+"""Composite, or law of models -> the type it is tried in."""
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
