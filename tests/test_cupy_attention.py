@@ -5,6 +5,7 @@ import pytest
 from emulated import Emulated, EmulationError
 from refmodels_cupy import attention
 from refmodels_cupy.attention import Alibi, attend, plan, relative_table
+from refmodels_cupy.recorder import Recorder, RecordingError
 from refmodels_cupy.source import DIRECTORY
 
 from refmodels.accelerator import Accelerator
@@ -135,6 +136,14 @@ def test_queries_keys_and_values_are_read_where_they_lie_side_by_side(device, dt
     assert [launch.arguments[i].array.base is together for i in (0, 2, 3)] == [True] * 3
     found = verdict(device, parts, how, wanted)
     assert found, found.reason
+
+
+def test_nothing_is_copied_while_launches_are_recorded(device):
+    (query, key, value), how, _ = example(device, "bfloat16", 64, 1, 40, mask="none", bias="none")
+    plan(Recorder(device), query, key, value, **how)
+    aside = np.empty(key.size + 1, key.dtype)[1:].reshape(key.shape)
+    with pytest.raises(RecordingError, match="not read where it lies"):
+        plan(Recorder(device), query, aside, value, **how)
 
 
 def test_a_captured_step_is_played_again_with_more_keys(device):

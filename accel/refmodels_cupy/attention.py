@@ -16,6 +16,7 @@ from refmodels.ops.position import _first_distances
 from refmodels_cupy.device import MOST_BLOCKS, Device, Launch, Strided, address
 from refmodels_cupy.elementwise import STORED, each, narrow_types
 from refmodels_cupy.linear import HALVES
+from refmodels_cupy.recorder import Recorder, RecordingError
 from refmodels_cupy.source import form
 
 TENSOR_SIZES = (64, 80, 96, 128)
@@ -125,8 +126,8 @@ def plan(
     if not context.size or not s:
         context[...] = 0
         return context, []
-    query, query_stride = _rows(xp, query)
-    key, value = _with_strides(xp, key, value)
+    query, query_stride = _rows(device, query)
+    key, value = _with_strides(device, key, value)
     if mask is not None and key_mask is None and mask.shape[2] == 1:
         mask, key_mask = None, mask[:, 0, 0]
     if mask is None:
@@ -210,14 +211,14 @@ def _stride(array: Any, axis: int) -> np.int64:
     return np.int64(0 if array.shape[axis] == 1 else math.prod(array.shape[axis + 1 :]))
 
 
-def _rows(xp: Any, query: Any) -> tuple[Any, np.int64]:
+def _rows(device: Device, query: Any) -> tuple[Any, np.int64]:
     """Queries whose rows follow one another with one stride, and that stride: as they are, or a copy."""
     batch, t, _, size = query.shape
     per_row, stride, *inner = _strides(query)
     one_stride = batch == 1 or t == 1 or per_row == t * stride
     aligned = size not in TENSOR_SIZES or not ((per_row | stride) * query.itemsize | address(query)) % 16
     if not one_stride or inner != [size, 1] or not aligned:
-        query = _aligned(xp, query)
+        query = _aligned(device, query)
         per_row, stride, *_ = _strides(query)
     return query, np.int64(stride if batch == 1 else per_row // t)
 
@@ -231,13 +232,19 @@ def _strides(array: Any) -> tuple[int, ...]:
     return tuple(found[::-1])
 
 
-def _aligned(xp: Any, array: Any) -> Any:
-    """Contiguous, from a multiple of 16 bytes on."""
-    array = xp.ascontiguousarray(array)
-    return array.copy() if address(array) % 16 else array
+def _aligned(device: Device, array: Any) -> Any:
+    """A copy, contiguous from a multiple of 16 bytes on, unless the array is so.
+
+    RecordingError while launches are recorded: they would read the copy for ever.
+    """
+    contiguous = device.xp.ascontiguousarray(array)
+    aligned = contiguous.copy() if address(contiguous) % 16 else contiguous
+    if aligned is not array and isinstance(device, Recorder):
+        raise RecordingError(f"attention to an array of {array.shape} that is not read where it lies: strides {array.strides}")
+    return aligned
 
 
-def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
+def _with_strides(device: Device, key: Any, value: Any) -> tuple[Any, Any]:
     """Keys and values with the same strides, the numbers and heads of a position side by side: as they are, or copies."""
     wanted = _strides(key)
 
@@ -245,7 +252,7 @@ def _with_strides(xp: Any, key: Any, value: Any) -> tuple[Any, Any]:
         strides = _strides(array)
         return strides == wanted and strides[2:] == (key.shape[3], 1) and min(strides) >= 0 and address(array) % 16 == 0
 
-    return (key, value) if is_fine(key) and is_fine(value) else (_aligned(xp, key), _aligned(xp, value))
+    return (key, value) if is_fine(key) and is_fine(value) else (_aligned(device, key), _aligned(device, value))
 
 
 def register(accelerator: Accelerator, device: Device) -> None:
