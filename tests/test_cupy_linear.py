@@ -143,6 +143,17 @@ def test_a_tree_that_is_taken_leaves_nothing_behind(cupy):
     assert given == {}
 
 
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "weight_int8", "int8", "int4"])
+def test_query_key_and_value_are_one_matrix(cupy, form):
+    parts = {name: layer(form, 64, 5, seed) for seed, name in enumerate(("query", "key", "value"))}
+    p = cupy.load({"self_attention": parts})["self_attention"]
+    rows = p["_joint"]["kernel"].rows
+    assert len(rows) == 15
+    assert all(np.shares_memory(p[name]["kernel"].rows, rows[5 * i : 5 * i + 5]) for i, name in enumerate(parts))
+    adapted = parts | {"key": parts["key"] | {"lora_kernel_a": np.ones((64, 1, 2), np.float32)}}
+    assert "_joint" not in cupy.load({"self_attention": adapted})["self_attention"]
+
+
 # -- planted faults -----------------------------------------------------------------------------------------------------------
 
 

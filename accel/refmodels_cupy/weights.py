@@ -172,19 +172,24 @@ def joined(device: Device, p: Params) -> Params | None:
     if len(layers) < len(TOGETHER) or len({_stored(layer) for layer in layers}) > 1 or _stored(layers[0]) is None:
         return None
     matrices = [layer["kernel"] for layer in layers]
-    first, ends = matrices[0], np.cumsum([w.n for w in matrices]).tolist()
-    rows = device.empty((ends[-1], first.rows.shape[1]), first.rows.dtype)
-    for layer, w, end in zip(layers, matrices, ends, strict=True):
-        own = rows[end - w.n : end]
-        own[...] = w.rows
-        layer["kernel"] = replace(w, rows=own)
 
     def together(parts: list[Any]) -> Any:
-        return None if parts[0] is None else device.xp.concatenate(parts)
+        """The arrays one behind the other; None if there are none."""
+        if parts[0] is None:
+            return None
+        whole, end = device.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype), 0
+        for part in parts:
+            whole[end : end + len(part)] = part
+            end += len(part)
+        return whole
 
-    scale, zero = together([w.scale for w in matrices]), together([w.zero for w in matrices])
-    whole = replace(first, shape=(first.k, ends[-1]), rows=rows, n=ends[-1], scale=scale, zero=zero)
-    beside = ("bias", "kernel_scale", "kernel_weight_only_scale") if first.kind == "int8" else ("bias",)
+    rows, scale, zero = (together([getattr(w, name) for w in matrices]) for name in ("rows", "scale", "zero"))
+    end = 0
+    for layer, w in zip(layers, matrices, strict=True):
+        layer["kernel"] = replace(w, rows=rows[end : end + w.n])
+        end += w.n
+    whole = replace(matrices[0], shape=(matrices[0].k, end), rows=rows, n=end, scale=scale, zero=zero)
+    beside = ("bias", "kernel_scale", "kernel_weight_only_scale") if whole.kind == "int8" else ("bias",)
     return {"kernel": whole, **{name: together([layer[name] for layer in layers]) for name in beside if name in layers[0]}}
 
 
