@@ -132,9 +132,10 @@ class Worker:
             self._connection.send((method, arguments))
 
     def answer(self, deadline: float) -> Any:
-        """What the last request gave, or the start. `deadline` is by time.monotonic."""
+        """What the last request gave, or the start. `deadline` is by time.monotonic; after it nothing counts, ready or not."""
+        left = deadline - time.monotonic()
         try:
-            if not self._connection.poll(max(deadline - time.monotonic(), 0)):
+            if left <= 0 or not self._connection.poll(left):
                 raise RuntimeError("not done when the time was up")
             outcome, result = self._connection.recv()
         except (EOFError, OSError):
