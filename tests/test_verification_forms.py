@@ -345,8 +345,8 @@ def test_a_process_that_does_not_end_is_ended_with_all_that_it_started(tmp_path)
         time.sleep(60)
         """,
     )
-    form = ProcessForm(command, small("opt"), never, timeout=3)
-    with pytest.raises(CandidateError, match="has not ended after 3 seconds; it said: waiting"):
+    form = ProcessForm(command, small("opt"), never, timeout=6)
+    with pytest.raises(CandidateError, match="has not ended after 6 seconds; it said: waiting"):
         form.run(inputs_of("opt"))
     child = int((tmp_path / "child").read_text())
     for _ in range(100):
