@@ -92,6 +92,20 @@ def test_a_row_has_the_same_bits_in_every_batch_of_few(cupy, form, k, n):
     }
 
 
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "weight_int8", "int4"])
+def test_many_rows_of_any_shape(cupy, form):
+    x = (
+        np.random.default_rng(0)
+        .standard_normal((2, MOST, 48))
+        .astype(numpy_dtype("bfloat16" if form == "bfloat16" else "float32"))
+    )
+    p = cupy.load({"layer": layer(form, 48, 5)})["layer"]
+    with use(cupy):
+        y, flat = product(form, x, p), product(form, x.reshape(-1, 48), p)
+    assert y.shape == (2, MOST, 5)
+    assert y.tobytes() == flat.tobytes()
+
+
 def test_integer_sums_are_exact(cupy):
     """Sums that float32 could not hold: of the largest numbers, all of one sign but for one."""
     k = 3000

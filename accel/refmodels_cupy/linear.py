@@ -102,15 +102,15 @@ class Products:
         rows, y = math.prod(x.shape[:-1]), self.device.empty((*x.shape[:-1], w.n), result)
         if y.size == 0:
             return y
-        flat, bias = self.flat(x).reshape(rows, w.k), self.flat(bias)
+        flat, results, bias = self.flat(x).reshape(rows, w.k), y.reshape(rows, w.n), self.flat(bias)
         scale = None if scale is None else self.flat(scale.astype(np.float32, copy=False))
         # What int4 numbers stand for is exact in float32 alone, which is slow: of many rows matmul_few.cu makes MOST at a time.
         if rows > MOST and not (w.kind == "int4" and by_tensor_cores(flat, w)):
-            self.many(flat, w, y, bias=bias, scale=scale, factor=factor)
+            self.many(flat, w, results, bias=bias, scale=scale, factor=factor)
             return y
         if not by_tensor_cores(flat, w) and stored(w) not in WEIGHTS[flat.dtype.name]:
             flat = flat.astype(np.float32)
-        flat, results = self.filled(flat, w.pitch), y.reshape(rows, w.n)
+        flat = self.filled(flat, w.pitch)
         for begin in range(0, rows, MOST):
             part = slice(begin, begin + MOST)
             self.fused(flat[part], w, results[part], bias=bias, scale=scale, factor=factor)
