@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import refmodels.cli_ops  # noqa: F401  (before a test puts another function in the place of one that it imports)
+import refmodels.cli.ops  # noqa: F401  (before a test puts another function in the place of one that it imports)
 from refmodels import accelerator, generate, loading, presets, task
 from refmodels.accelerator import Accelerator
 from refmodels.backbone import Backbone

@@ -14,7 +14,7 @@ import pytest
 from defects_presets import PRESETS
 
 from refmodels.cli import _parser
-from refmodels.cli_verify import form_of, loaded, tried_cases
+from refmodels.cli.verify import form_of, loaded, tried_cases
 from refmodels.trace import traced
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import replay

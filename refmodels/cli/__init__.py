@@ -666,8 +666,8 @@ def score_command(arguments: argparse.Namespace) -> None:
 def bench_command(arguments: argparse.Namespace) -> None:
     """`refmodels bench`."""
     from refmodels.accelerator import find
-    from refmodels.cli_bench import print_bench
-    from refmodels.cli_bench_peers import print_peers
+    from refmodels.cli.bench import print_bench
+    from refmodels.cli.bench_peers import print_peers
 
     accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
     (print_peers if arguments.peers else print_bench)(arguments, accelerator)
@@ -678,7 +678,7 @@ def bench_command(arguments: argparse.Namespace) -> None:
 
 def ops_command(arguments: argparse.Namespace) -> None:
     """`refmodels ops`."""
-    from refmodels.cli_ops import print_coverage, print_ops
+    from refmodels.cli.ops import print_coverage, print_ops
 
     if arguments.accelerator is None:
         print_ops(as_json=arguments.json)
@@ -689,14 +689,14 @@ def ops_command(arguments: argparse.Namespace) -> None:
 def accelerators_command(arguments: argparse.Namespace) -> None:
     """`refmodels accelerators`."""
     from refmodels.accelerator import installed
-    from refmodels.cli_ops import print_accelerators
+    from refmodels.cli.ops import print_accelerators
 
     print_accelerators(fastest_first(installed()), as_json=arguments.json)
 
 
 def check_command(arguments: argparse.Namespace) -> int:
     """`refmodels check`."""
-    from refmodels.cli_check import check
+    from refmodels.cli.check import check
 
     options = {name: getattr(arguments, name) for name in ("examples", "example", "junit")}
     return check(
@@ -711,7 +711,7 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 def audit_command(arguments: argparse.Namespace) -> int:
     """`refmodels audit`."""
-    from refmodels.cli_audit import print_audit
+    from refmodels.cli.audit import print_audit
 
     options = {name: getattr(arguments, name) for name in ("text", "tokens", "target")}
     return print_audit(arguments.preset, arguments.dtype, as_json=arguments.json, **options)
@@ -719,36 +719,36 @@ def audit_command(arguments: argparse.Namespace) -> int:
 
 def vectors_command(arguments: argparse.Namespace) -> int:
     """`refmodels vectors`."""
-    from refmodels.cli_vectors import vectors
+    from refmodels.cli.vectors import vectors
 
     return vectors(arguments.directory, check=arguments.check)
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """`refmodels verify`."""
-    from refmodels import cli_verify
+    from refmodels.cli import verify
 
-    return cli_verify.verify_command(arguments)
+    return verify.verify_command(arguments)
 
 
 def verify_op_command(arguments: argparse.Namespace) -> int:
     """`refmodels verify-op`."""
-    from refmodels import cli_verify
+    from refmodels.cli import verify
 
-    return cli_verify.verify_op_command(arguments)
+    return verify.verify_op_command(arguments)
 
 
 def trace_command(arguments: argparse.Namespace) -> None:
     """`refmodels trace`."""
-    from refmodels import cli_verify
+    from refmodels.cli import verify
 
-    cli_verify.trace_command(arguments)
+    verify.trace_command(arguments)
 
 
 def compile_command(arguments: argparse.Namespace) -> None:
     """`refmodels compile`."""
     from refmodels.accelerator import find
-    from refmodels.cli_ops import compile_kernels
+    from refmodels.cli.ops import compile_kernels
 
     compile_kernels(fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator))
 
