@@ -1,8 +1,10 @@
 """Below the test run: how many planted faults were rejected, and right kernels accepted; and what several files need."""
 
+import importlib.metadata
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +40,17 @@ def plugin(tmp_path, monkeypatch):
 
     yield install
     sys.modules.pop("plugged_in", None)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """`install(numba=load)`: these plug-ins, and no others, are installed; `load()` gives the accelerator."""
+
+    def call(**loads):
+        entries = [SimpleNamespace(name=name, load=load) for name, load in loads.items()]
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+
+    return call
 
 
 @pytest.fixture(scope="session")

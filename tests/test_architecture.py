@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from refmodels.cli.parser import command_line
 from refmodels.op import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +275,37 @@ def test_a_bad_import_is_found(name, source):
 )
 def test_a_good_import_is_none(name, source):
     assert import_violations(name, source) == []
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+SHARED = {"errors", "parser", "selection", "streams"}
+"""Modules of the command line that are for several commands; the others are a command each."""
+
+
+def command_violations(name, source):
+    """What a module of the command line imports of it, other than what is for several commands."""
+    allowed = {f"refmodels.cli.{module}" for module in SHARED | ({"bench_peers"} if name == "cli.bench" else set())}
+    found = {target for target, _, _ in imports(name, source) if re.match(r"refmodels\.cli\b", target)}
+    return [f"{name} imports {target}" for target in sorted(found - allowed)]
+
+
+@pytest.mark.parametrize(("name", "source"), [(name, source) for name, source in modules() if name.startswith("cli.")])
+def test_no_command_imports_another(name, source):
+    assert command_violations(name, source) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from refmodels.cli.verify import run", "from refmodels.cli import verify", "import refmodels.cli"]
+)
+def test_an_import_of_another_command_is_found(source):
+    assert len(command_violations("cli.trace", source)) == 1
+
+
+def test_every_command_is_the_module_of_its_name():
+    (commands,) = command_line()._subparsers._group_actions
+    stems = {name.removeprefix("cli.") for name, _ in modules() if name.startswith("cli.")}
+    assert {name.replace("-", "_") for name in commands.choices} == stems - SHARED - {"bench_peers"}
 
 
 # -- composites -------------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from refmodels_cupy.device import Gpu, Launch, Staging, Strided
 from refmodels_cupy.source import DIRECTORY, all_forms
 from stand_in import StandIn
 
-from refmodels import OPTCausalLM, T5Seq2SeqLM, accelerator, use
-from refmodels.accelerator import AcceleratorError, CompileError, Room, find
+from refmodels import OPTCausalLM, T5Seq2SeqLM, use
+from refmodels.accelerator import Accelerator, AcceleratorError, CompileError, Room, find
 from refmodels.backbone import Backbone
-from refmodels.cli import fastest_accelerator
+from refmodels.cli.selection import fastest_accelerator
 from refmodels.ops.elementwise import relu
 from refmodels.ops.precision import numpy_dtype
 from refmodels.parameters import Unread, flatten, stored_bytes
@@ -528,10 +528,9 @@ def test_one_gpu(complete):
     assert installation.missing(1) == "no GPU 1 is here: there is one, 0"
 
 
-def test_the_command_line_says_why_another_runs(complete, monkeypatch, capsys):
-    entries = {name: type("Entry", (), {"load": lambda self, found=found: found})() for name, found in (
-        ("cupy", Cupy(Gpu())), ("numba", accelerator.Accelerator("numba")))}  # fmt: skip
-    monkeypatch.setattr(accelerator, "installed", lambda: entries)
+def test_the_command_line_says_why_another_runs(complete, install, monkeypatch, capsys):
+    cupy, numba = Cupy(Gpu()), Accelerator("numba")
+    install(cupy=lambda: cupy, numba=lambda: numba)
     assert fastest_accelerator().name == "cupy"
     assert capsys.readouterr().err == ""
     complete.driver = 0
