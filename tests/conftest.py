@@ -7,6 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from refmodels_cupy import compiler
+from refmodels_cupy.device import Gpu
+from stand_in import StandIn
 
 COUNTED = {
     "planted faults": ("::test_mutant_is_rejected[", "rejected"),
@@ -60,3 +63,18 @@ def compiled(pytestconfig):
     if not shutil.which("g++") and not os.environ.get("REFMODELS_CC"):
         pytest.skip("the emulated device needs g++")
     return pytestconfig.cache.mkdir("cupy_kernels")
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """In the place of CuPy, with nothing compiled yet."""
+    found = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", found.module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "_functions", {})
+    return found
+
+
+@pytest.fixture
+def gpu(stand_in):
+    return Gpu(1)
