@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+PROSE_WIDTH = 120
+"""Characters of a line of text among tables."""
+
 _line_is_open = False
 """Whether standard output stands in the middle of a line."""
 
@@ -32,6 +35,12 @@ def progress(text: str) -> None:
     with suppress(OSError, ValueError):  # it is closed, or a broken pipe
         if sys.stderr is not None and sys.stderr.isatty():
             say(f"{_fresh_line()}refmodels: {text}")
+
+
+def show_status(text: str) -> None:
+    """Show this on a terminal in place of what was shown so before; an empty text clears it."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _fresh_line() -> str:

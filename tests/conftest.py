@@ -1,10 +1,15 @@
 """Below the test run: how many planted faults were rejected, and right kernels accepted; and what several files need."""
 
+import importlib.metadata
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
+from refmodels_cupy import compiler
+from refmodels_cupy.device import Gpu
+from stand_in import StandIn
 
 COUNTED = {
     "planted faults": ("::test_mutant_is_rejected[", "rejected"),
@@ -40,6 +45,17 @@ def plugin(tmp_path, monkeypatch):
     sys.modules.pop("plugged_in", None)
 
 
+@pytest.fixture
+def install(monkeypatch):
+    """`install(numba=load)`: these plug-ins, and no others, are installed; `load()` gives the accelerator."""
+
+    def call(**loads):
+        entries = [SimpleNamespace(name=name, load=load) for name, load in loads.items()]
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def compiled(pytestconfig):
     """Where the kernels of refmodels_cupy, compiled for this CPU, are kept for all tests and runs, by what they are made of.
@@ -47,3 +63,18 @@ def compiled(pytestconfig):
     if not shutil.which("g++") and not os.environ.get("REFMODELS_CC"):
         pytest.skip("the emulated device needs g++")
     return pytestconfig.cache.mkdir("cupy_kernels")
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """In the place of CuPy, with nothing compiled yet."""
+    found = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", found.module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "_functions", {})
+    return found
+
+
+@pytest.fixture
+def gpu(stand_in):
+    return Gpu(1)

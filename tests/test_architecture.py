@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from refmodels.cli.parser import command_line
 from refmodels.op import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -78,13 +79,6 @@ ARROWS = {
     "bench_worker": {"accelerator", "backbone", "bench", "op", "ops", "parameters", "weights"},
     "cli": EVERYTHING,
     "junit": {"files"},
-    "cli_check": {"accelerator", "conformance", "junit", "printing"},
-    "cli_verify": {"__init__", "accelerator", "backbone", "numerics", "op", "printing", "verification"},
-    "cli_bench": {"accelerator", "backbone", "bench", "presets", "printing"},
-    "cli_bench_peers": {"accelerator", "bench_peers", "printing"},
-    "cli_audit": {"backbone", "files", "printing", "verification"},
-    "cli_vectors": {"printing"},
-    "cli_ops": {"__init__", "accelerator", "coverage", "op", "opdoc", "printing"},
     "__main__": {"cli"},
     "__init__": {
         "accelerator", "backbone", "causal_lm", "files", "op", "preprocessors", "samplers", "seq_2_seq_lm", "task",
@@ -95,10 +89,7 @@ LATE = {
     "backbone": {"loading", "lora", "lora_files", "presets", "saving"},
     "bench": {"loading"},
     "bench_worker": {"t5"},
-    "cli_audit": {"task"},
-    "cli_vectors": {"verification"},
     "task": {"loading", "saving"},
-    "cli_verify": {"conformance", "files", "preprocessors", "trace"},
     "verification": {"opdoc"},
     "preprocessors": {"loading"},
     "tokenizers": {"loading"},
@@ -284,6 +275,37 @@ def test_a_bad_import_is_found(name, source):
 )
 def test_a_good_import_is_none(name, source):
     assert import_violations(name, source) == []
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+SHARED = {"errors", "parser", "selection", "streams"}
+"""Modules of the command line that are for several commands; the others are a command each."""
+
+
+def command_violations(name, source):
+    """What a module of the command line imports of it, other than what is for several commands."""
+    allowed = {f"refmodels.cli.{module}" for module in SHARED | ({"bench_peers"} if name == "cli.bench" else set())}
+    found = {target for target, _, _ in imports(name, source) if re.match(r"refmodels\.cli\b", target)}
+    return [f"{name} imports {target}" for target in sorted(found - allowed)]
+
+
+@pytest.mark.parametrize(("name", "source"), [(name, source) for name, source in modules() if name.startswith("cli.")])
+def test_no_command_imports_another(name, source):
+    assert command_violations(name, source) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from refmodels.cli.verify import run", "from refmodels.cli import verify", "import refmodels.cli"]
+)
+def test_an_import_of_another_command_is_found(source):
+    assert len(command_violations("cli.trace", source)) == 1
+
+
+def test_every_command_is_the_module_of_its_name():
+    (commands,) = command_line()._subparsers._group_actions
+    stems = {name.removeprefix("cli.") for name, _ in modules() if name.startswith("cli.")}
+    assert {name.replace("-", "_") for name in commands.choices} == stems - SHARED - {"bench_peers"}
 
 
 # -- composites -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from refmodels_cupy import limits
 from refmodels_cupy.accelerator import Cupy
 from refmodels_cupy.source import DIRECTORY
 
-from refmodels import cli_bench_peers
 from refmodels.backbone import Backbone
 from refmodels.bench import bytes_per_step, prefill_flops
 from refmodels.bench_peers import (
@@ -38,7 +37,7 @@ from refmodels.bench_peers import (
     result_of,
 )
 from refmodels.bench_worker import Job, Refmodels, Work, drawn_quickly
-from refmodels.cli import main
+from refmodels.cli import bench_peers, main
 from refmodels.opt import OPTBackbone
 from refmodels.parameters import flatten
 from refmodels.t5 import T5Backbone
@@ -266,7 +265,7 @@ here, absent = OnDevice("here"), Absent("absent")
 def run(capsys, plugin, monkeypatch):
     """`run("--peers", ...)`: exit status and both streams; `measure` is not to be called unless it is replaced."""
     plugin(PLUGIN, {"here": "here", "absent": "absent"})
-    monkeypatch.setattr(cli_bench_peers, "measure", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(bench_peers, "measure", lambda *_: pytest.fail("work was begun"))
 
     def call(*arguments):
         status = main(["bench", *arguments])
@@ -304,7 +303,7 @@ def result():
 
 
 def test_the_json_object_is_the_documented_one(run, result, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli_bench_peers, "measure", lambda presets, *_: result)
+    monkeypatch.setattr(bench_peers, "measure", lambda presets, *_: result)
     path = tmp_path / "gpu.md"
     status, out, err = run("--peers", "--accelerator", "here", "--json", "--write", str(path))
     assert (status, err) == (0, f"refmodels: written to {path}\n")
@@ -319,13 +318,13 @@ def test_the_json_object_is_the_documented_one(run, result, monkeypatch, tmp_pat
 
 def test_the_run_of_the_aims_is_written_where_it_is_kept(run, result, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(cli_bench_peers, "measure", lambda presets, plan, name, *_: asked.append((presets, name)) or result)
-    monkeypatch.setattr(cli_bench_peers, "DOCUMENT", tmp_path / "gpu.md")
+    monkeypatch.setattr(bench_peers, "measure", lambda presets, plan, name, *_: asked.append((presets, name)) or result)
+    monkeypatch.setattr(bench_peers, "DOCUMENT", tmp_path / "gpu.md")
     status, out, _ = run("--peers", "--accelerator", "here")
     assert (status, asked) == (0, [(AIMED, "here")])
     assert re.search(r"^decode, batch 1, beside Transformers, eager +3\.00 +4\.20 +met$", out, re.MULTILINE)
     text = (tmp_path / "gpu.md").read_text()
-    assert text.startswith(cli_bench_peers.HEADER)
+    assert text.startswith(bench_peers.HEADER)
     assert "No run has been made" not in text
     assert "- device: a stand-in\n" in text
     assert (
@@ -344,6 +343,6 @@ def test_the_run_of_the_aims_is_written_where_it_is_kept(run, result, monkeypatc
 
 
 def test_the_kept_document_says_whether_there_has_been_a_run():
-    text = cli_bench_peers.DOCUMENT.read_text(encoding="utf-8")
-    assert text.startswith(cli_bench_peers.HEADER)
-    assert text == cli_bench_peers.document(None) or "- device: " in text
+    text = bench_peers.DOCUMENT.read_text(encoding="utf-8")
+    assert text.startswith(bench_peers.HEADER)
+    assert text == bench_peers.document(None) or "- device: " in text

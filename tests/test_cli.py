@@ -6,17 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import refmodels.cli_ops  # noqa: F401  (before a test puts another function in the place of one that it imports)
-from refmodels import accelerator, generate, loading, presets, task
+from refmodels import accelerator, loading, presets, task
 from refmodels.accelerator import Accelerator
 from refmodels.backbone import Backbone
 from refmodels.bloom import BloomBackbone
-from refmodels.cli import SAMPLERS, cache_values_per_token, fastest_accelerator, layer_rows, main
+from refmodels.cli import main
+from refmodels.cli.info import cache_values_per_token, layer_rows
+from refmodels.cli.selection import fastest_accelerator
 from refmodels.opt import OPTBackbone, OPTCausalLM
 from refmodels.parameters import flatten
 from refmodels.printing import progress
@@ -230,10 +230,6 @@ class Absent(Accelerator):
         return "no such machine"
 
 
-def plug_in(load):
-    return SimpleNamespace(load=load)
-
-
 def broken():
     raise RuntimeError("driver\nmismatch")
 
@@ -248,17 +244,16 @@ def broken():
         ({"cupy": Absent}, None),
     ],
 )
-def test_the_fastest_accelerator_that_can_run(run, monkeypatch, plugins, wanted):
-    entries = {name: plug_in(lambda name=name, kind=kind: kind(name)) for name, kind in plugins.items()}
-    monkeypatch.setattr(accelerator, "installed", lambda: entries)
+def test_the_fastest_accelerator_that_can_run(run, install, plugins, wanted):
+    install(**{name: lambda name=name, kind=kind: kind(name) for name, kind in plugins.items()})
     found = fastest_accelerator()
     assert (found and found.name) == wanted
     err = run("generate", "TINY", PROMPT, "--max-new-tokens", "2", "--stats")[2]
     assert err.startswith(f"accelerator  {wanted or 'reference'}\n")
 
 
-def test_a_broken_accelerator_is_left_out_and_named(monkeypatch, capsys):
-    monkeypatch.setattr(accelerator, "installed", lambda: {"cupy": plug_in(broken)})
+def test_a_broken_accelerator_is_left_out_and_named(install, capsys):
+    install(cupy=broken)
     assert fastest_accelerator() is None
     assert capsys.readouterr().err == (
         "refmodels: note: accelerator 'cupy' does not load and is left out: RuntimeError: driver mismatch\n"
@@ -291,10 +286,10 @@ class Compiling(Accelerator):
 
 
 @pytest.fixture
-def compiling(monkeypatch):
+def compiling(install):
     """The one accelerator that is installed."""
     found = Compiling("numba")
-    monkeypatch.setattr(accelerator, "installed", lambda: {"numba": plug_in(lambda: found)})
+    install(numba=lambda: found)
     return found
 
 
@@ -316,13 +311,13 @@ def test_compiling_fails(run, compiling, fault):
     assert err.endswith(f"\nrefmodels: error: numba: compiling failed: {said}\n")
 
 
-def test_nothing_to_compile(run, monkeypatch):
-    monkeypatch.setattr(accelerator, "installed", lambda: {})
+def test_nothing_to_compile(run, install):
+    install()
     assert run("compile") == (0, "reference: nothing to compile\n", "")
     assert run("compile", "--accelerator", "reference") == (0, "reference: nothing to compile\n", "")
-    monkeypatch.setattr(accelerator, "installed", lambda: {"cupy": plug_in(lambda: Accelerator("cupy"))})
+    install(cupy=lambda: Accelerator("cupy"))
     assert run("compile") == (0, "cupy: nothing to compile\n", "")
-    monkeypatch.setattr(accelerator, "installed", lambda: {"cupy": plug_in(lambda: Absent("cupy"))})
+    install(cupy=lambda: Absent("cupy"))
     status, out, err = run("compile", "--accelerator", "cupy")
     assert (status, out) == (2, "")
     assert_one_line(err, "no such machine")
@@ -342,8 +337,8 @@ def test_threads(run, compiling, monkeypatch, command):
 
 @pytest.mark.parametrize("command", ["generate", "score"])
 @pytest.mark.parametrize("which", [(), ("--accelerator", "reference"), ("--accelerator", "plain")])
-def test_threads_of_what_has_none(run, monkeypatch, command, which):
-    monkeypatch.setattr(accelerator, "installed", lambda: {"plain": plug_in(lambda: Accelerator("plain"))} if which else {})
+def test_threads_of_what_has_none(run, install, command, which):
+    install(**({"plain": lambda: Accelerator("plain")} if which else {}))
     status, out, err = run(command, "TINY", PROMPT, "--threads", "2", *which)
     assert (status, out) == (2, "")
     assert_one_line(err, "'plain' has no" if "plain" in which else "the reference has no", "setting 'threads'")
@@ -720,10 +715,6 @@ def test_shipped_presets_generate(run, name):
     assert (streamed[0], streamed[2]) == (0, "")
     assert streamed[1].startswith("" if name.startswith("t5") else prompt)
     assert streamed[1].strip()
-
-
-def test_the_samplers_offered_are_those_there_are():
-    assert SAMPLERS == generate.SAMPLERS
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from refmodels import Backbone, OPTBackbone
-from refmodels.cli import Stopper, main
+from refmodels.cli import main
+from refmodels.cli.convert import Stopper
 from refmodels.convert import convert, stored_policy
 from refmodels.parameters import flatten
 from refmodels.task import Task

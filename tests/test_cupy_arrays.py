@@ -1,17 +1,23 @@
 """The CuPy accelerator's ops that use array functions, on a device whose functions are as CuPy's: `apart.py` says in what."""
 
+import shutil
+
 import numpy as np
 import pytest
-from apart import EmulatedApart
+from apart import EmulatedApart, MixedError
 from refmodels_cupy.accelerator import Cupy
+from refmodels_cupy.device import Launch
+from stand_in import NORM
 from test_cupy_linear import BY_KERNELS
 
+from refmodels import OPTCausalLM, T5Seq2SeqLM
 from refmodels.conformance import check_accelerator, drawing
 from refmodels.op import OPS
 from refmodels.ops.attention import attention_scores
 from refmodels.ops.elementwise import dropout, scaled
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.sampling import allow_tokens, likeliest_tokens
+from refmodels.samplers import TopPSampler
 
 BY_KERNELS_ALONE = {*BY_KERNELS, "masked_softmax", "greedy_token", "sample_token"}
 BY_ARRAY_FUNCTIONS = tuple(name for name, op in OPS.items() if not op.composite and name not in BY_KERNELS_ALONE)
@@ -107,3 +113,35 @@ def test_what_is_flushed_and_what_is_moved(tmp_path):
         assert device.to_host(y).all()
     with pytest.raises(TypeError, match="where of bfloat16"):
         device.xp.where(x == x, x.astype(bfloat16), x.astype(bfloat16))
+
+
+# -- arrays of the device and of the host -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs g++")
+@pytest.mark.parametrize("sampler", ["greedy", "top_p", "beam"])
+@pytest.mark.parametrize(
+    ("task", "preset", "prompt"), [(OPTCausalLM, "opt_tiny_stdlib", "import"), (T5Seq2SeqLM, "t5_tiny_numbers", "spell: 42")]
+)
+def test_models_do_not_mix_arrays(compiled, task, preset, prompt, sampler):
+    mine = Cupy(EmulatedApart(compiled, orders=(2,)))
+    model, wanted = task.from_preset(preset, accelerator=mine), task.from_preset(preset)
+    for each in (model, wanted):
+        each.compile(sampler=TopPSampler(p=0.5, seed=1) if sampler == "top_p" else sampler)
+    assert model.generate(prompt, max_new_tokens=3) == wanted.generate(prompt, max_new_tokens=3)
+    assert not mine.crossings
+
+
+def test_what_is_mixed_is_found(tmp_path):
+    device = EmulatedApart(tmp_path)
+    held, host = device.to_device(np.ones(2)), np.ones(2)
+    for mixed in (
+        lambda: held + host,
+        lambda: host * held,
+        lambda: held.__setitem__(slice(None), host),
+        lambda: device.xp.where(held > 0, held, host),
+        lambda: device.product(held[None], host[None]),
+        lambda: device.launch(Launch("norm.cu", NORM, (1, 1, 1), (1, 1, 1), (host,))),
+    ):
+        with pytest.raises(MixedError):
+            mixed()

@@ -221,7 +221,7 @@ def test_json(run):
 
 def test_what_only_adds_up_is_inconclusive(run, monkeypatch):
     """Every step within its bound, and yet the last of them far from our own run."""
-    import refmodels.cli_verify
+    import refmodels.cli.verify
 
     def verify(*arguments, **options):
         found = refmodels.verification.verify.verify(*arguments, **options)
@@ -229,7 +229,7 @@ def test_what_only_adds_up_is_inconclusive(run, monkeypatch):
         steps.append(replace(last, through=Verdict(False, "opt_logits: planted", 3.0, 1.0, (0, 0, 0))))
         return replace(found, cases=(replace(found.cases[0], report=replace(found.cases[0].report, steps=tuple(steps))),))
 
-    monkeypatch.setattr(refmodels.cli_verify, "verify", verify)
+    monkeypatch.setattr(refmodels.cli.verify, "verify", verify)
     status, out, _ = verified(run, "right", "--case", "one row")
     assert status == INCONCLUSIVE
     assert "INCONCLUSIVE" in out
@@ -380,12 +380,12 @@ def test_what_cannot_be_run(run, arguments, words):
 
 def test_an_interface_that_nobody_expected_is_no_divergence(run, monkeypatch):
     """What is a defect of ours, or of a package that it uses, has the exit status 2 too."""
-    import refmodels.cli_verify
+    import refmodels.cli.verify
 
     def broken(*arguments, **options):
         raise KeyError("nobody thought of this")
 
-    monkeypatch.setattr(refmodels.cli_verify, "verify", broken)
+    monkeypatch.setattr(refmodels.cli.verify, "verify", broken)
     status, _, err = verified(run, "right")
     assert (status, err.splitlines()[-1]) == (CANNOT_RUN, "refmodels: error: KeyError: 'nobody thought of this'")
 

@@ -11,9 +11,11 @@ import weakref
 from contextlib import contextmanager
 
 import numpy as np
+from refmodels_cupy.device import Launch
 
 from refmodels.ops.precision import numpy_dtype
 
+NORM = "rms_norm<float, float, float>"
 TYPES = {0: "float32", 1: "float64", 2: "float16", 3: "int8", 10: "int32", 14: "bfloat16"}
 
 
@@ -379,3 +381,11 @@ class StandIn:
         product = (first.T if transa else first) @ (second.T if transb else second)
         result[...] = product + result.astype(wide) if onto else product
         self.products.append(compute)
+
+
+def rms_norm(gpu, rows=3, **changes):
+    """A launch to try, on this device."""
+    x, weight = (gpu.to_device(np.ones(shape, np.float32)) for shape in ((rows, 8), (8,)))
+    y = gpu.empty((rows, 8), np.float32)
+    arguments = (x, weight, y, np.int32(8), np.float32(1e-6))
+    return Launch("norm.cu", NORM, (rows, 1, 1), (256, 1, 1), arguments)._replace(**changes)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from defects_presets import PRESETS
 
-from refmodels.cli import _parser
-from refmodels.cli_verify import form_of, loaded, tried_cases
+from refmodels.backbone import Backbone
+from refmodels.cli.parser import command_line
+from refmodels.cli.verify import form_of, tried_cases
 from refmodels.trace import traced
 from refmodels.verification.lanes import Arithmetic
 from refmodels.verification.replay import replay
@@ -45,9 +46,9 @@ def found(words, place, fault=None):
     for preset in PRESETS:
         if f"/tmp/{preset}" in words:
             PRESETS[preset]().save_to_preset(place / preset)
-    arguments = _parser().parse_args([word.replace("/tmp/", f"{place}/") for word in words])
+    arguments = command_line().parse_args([word.replace("/tmp/", f"{place}/") for word in words])
     with ExitStack() as stack:
-        model = loaded(arguments.like, arguments.dtype)
+        model = Backbone.from_preset(arguments.like, dtype=arguments.dtype)
         form = form_of(arguments, model, stack)
         (case,) = tried_cases(arguments, model, form)
         substitutes = traced(model, case.inputs, form.injects.__contains__)

@@ -10,10 +10,18 @@ from typing import Any
 from refmodels.accelerator import REFERENCE, Accelerator, find
 from refmodels.backbone import Backbone
 from refmodels.bench import DECODE_AFTER, Plan, measure
+from refmodels.cli.bench_peers import print_peers
+from refmodels.cli.selection import fastest_accelerator
 from refmodels.presets import locate
-from refmodels.printing import aligned, byte_size, print_json
+from refmodels.printing import aligned, byte_size, print_json, show_status
 
 DEFAULT_PRESET = "opt_125m_en"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`refmodels bench`, of which --peers is another run altogether."""
+    accelerator = fastest_accelerator() if arguments.accelerator is None else find(arguments.accelerator)
+    (print_peers if arguments.peers else print_bench)(arguments, accelerator)
 
 
 def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) -> None:
@@ -30,9 +38,9 @@ def print_bench(arguments: argparse.Namespace, accelerator: Accelerator | None) 
     try:
         with redirect_stdout(sys.stderr):  # downloads report their progress on either stream
             backbone, directory = _model(arguments, accelerator, plan)
-            found = measure(backbone, plan, directory, settings, _progress)
+            found = measure(backbone, plan, directory, settings, show_status)
     finally:
-        _progress("")
+        show_status("")
     result = {
         "preset": arguments.preset,
         "class": type(backbone).__name__,
@@ -63,12 +71,6 @@ def _model(arguments: argparse.Namespace, accelerator: Accelerator | None, plan:
         backbone.quantize(arguments.quantize, weight_only=arguments.weight_only or None)
     located = locate(arguments.preset)
     return backbone, None if random or arguments.quantize is not None else located.fetch()
-
-
-def _progress(line: str) -> None:
-    """Show on a terminal what is being measured, in place of what was."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _report(result: Mapping[str, Any]) -> list[str]:

@@ -1,80 +1,51 @@
 """`refmodels check`: is an accelerator right? A table or one JSON object, a JUnit file, and small examples of what is wrong."""
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from refmodels.accelerator import REFERENCE, find
+from refmodels.conformance import EXAMPLES, Checked, check_accelerator
 from refmodels.junit import TestCase, write_junit
-from refmodels.printing import aligned, print_json
-
-if TYPE_CHECKING:
-    from refmodels.conformance import Checked
+from refmodels.printing import aligned, print_json, show_status
 
 RIGHT, FAULTY = 0, 1
 
 
-def check(
-    accelerator: str,
-    *,
-    ops: Sequence[str],
-    dtypes: Sequence[str],
-    examples: int | None,
-    seed: int,
-    example: str | None,
-    as_json: bool,
-    junit: str | None,
-) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Check, print, write; the exit status. AcceleratorError or ValueError for what cannot be checked, or not here."""
-    from refmodels import conformance
-
-    progress = Progress()
+    name = arguments.accelerator
     begun = time.monotonic()
     with redirect_stdout(sys.stderr):  # whatever a plug-in prints
-        found = find(accelerator)
+        found = find(name)
         try:
-            report = conformance.check_accelerator(
-                accelerator if found is None else found,
-                ops=ops,
-                dtypes=dtypes,
-                examples=examples or conformance.EXAMPLES,
-                seed=seed,
-                example=example,
-                progress=progress,
+            report = check_accelerator(
+                name if found is None else found,
+                ops=arguments.op,
+                dtypes=arguments.dtype,
+                examples=arguments.examples or EXAMPLES,
+                seed=arguments.seed,
+                example=arguments.example,
+                progress=lambda op, done, count: show_status(f"{done:3} of {count}  {op}"),
             )
         finally:
-            progress.end()
+            show_status("")
     seconds = time.monotonic() - begun
-    if junit is not None:
-        write_junit(Path(junit), f"refmodels check {accelerator or REFERENCE}", cases_of(report))
-    if as_json:
-        print_json(_record(accelerator, report, seconds))
+    if arguments.junit is not None:
+        write_junit(Path(arguments.junit), f"refmodels check {name or REFERENCE}", cases_of(report))
+    if arguments.json:
+        print_json(_record(name, report, seconds))
     else:
-        print_report(accelerator, report)
+        print_report(name, report)
     return FAULTY if any(entry.failures for entry in report) else RIGHT
 
 
-class Progress:
-    """One line on standard error that says where a check is, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
-
-    def __call__(self, name: str, done: int, count: int) -> None:
-        if self._shown:
-            print(f"\r\x1b[K{done:3} of {count}  {name}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Clear the line."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def print_report(accelerator: str, report: Sequence["Checked"]) -> None:
+def print_report(accelerator: str, report: Sequence[Checked]) -> None:
     """The table, then what is wrong, then one line."""
     rows = [("NAME", "RUNS", "TYPES", "EXAMPLES", "BY KERNEL", "VERDICT")]
     rows += [
@@ -98,7 +69,7 @@ def print_report(accelerator: str, report: Sequence["Checked"]) -> None:
     print(f"{chr(10) if wrong else ''}{said}; {examples} examples", flush=True)
 
 
-def _record(accelerator: str, report: Sequence["Checked"], seconds: float) -> dict[str, Any]:
+def _record(accelerator: str, report: Sequence[Checked], seconds: float) -> dict[str, Any]:
     return {
         "accelerator": accelerator,
         "right": not any(entry.failures for entry in report),
@@ -120,7 +91,7 @@ def _record(accelerator: str, report: Sequence["Checked"], seconds: float) -> di
     }
 
 
-def cases_of(report: Sequence["Checked"]) -> Iterator[TestCase]:
+def cases_of(report: Sequence[Checked]) -> Iterator[TestCase]:
     """One for each op and type."""
     for entry in report:
         failed = {failure.dtype: failure for failure in entry.failures}

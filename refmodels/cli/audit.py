@@ -1,28 +1,27 @@
 """`refmodels audit`: where a checkpoint overflows or loses precision in a low type, and what to keep in float32."""
 
+import argparse
 import math
+import random
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from refmodels.backbone import Backbone
 from refmodels.files import read_bytes
 from refmodels.printing import print_json, print_rows, progress
-
-if TYPE_CHECKING:
-    from refmodels.backbone import Backbone
-    from refmodels.verification.audit import Audit
+from refmodels.task import Task
+from refmodels.verification.audit import LARGEST, Audit, audit
 
 REACHED, NOT_REACHED = 0, 1
 SHOWN = 12
 """Kinds of steps in the table: those with the largest shares."""
 
 
-def print_audit(preset: str, dtype: str, *, text: str | None, tokens: int, target: float | None, as_json: bool) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Audit, print; the exit status."""
-    from refmodels.backbone import Backbone
-    from refmodels.verification.audit import LARGEST, audit
-
+    preset, dtype, text, tokens = arguments.preset, arguments.dtype, arguments.text, arguments.tokens
     if dtype not in LARGEST:
         raise ValueError(f"--dtype must be one of {', '.join(LARGEST)}, got {dtype!r}")
     content = None if text is None else _text(Path(text))
@@ -32,16 +31,17 @@ def print_audit(preset: str, dtype: str, *, text: str | None, tokens: int, targe
             ids = _random_ids(model, tokens)
         else:
             model, ids = _text_ids(preset, content, tokens)
-    found = audit(model, model_inputs(model, ids), dtype, target=target, progress=lambda kind: progress(f"rounding {kind}"))
+    inputs = model_inputs(model, ids)
+    found = audit(model, inputs, dtype, target=arguments.target, progress=lambda kind: progress(f"rounding {kind}"))
     what = f"{len(ids)} tokens of {text}" if text is not None else f"{len(ids)} random tokens"
-    if as_json:
+    if arguments.json:
         print_json({"preset": preset, "tokens": len(ids), "text": text, **record(found)})
     else:
         _print(preset, what, found)
     return REACHED if found.reached else NOT_REACHED
 
 
-def model_inputs(model: "Backbone", ids: list[int]) -> dict[str, Any]:
+def model_inputs(model: Backbone, ids: list[int]) -> dict[str, Any]:
     """One row of these tokens; T5's decoder is given the same, behind the token it starts with."""
     if model.family != "t5":
         return {"token_ids": [ids], "padding_mask": [[True] * len(ids)]}
@@ -61,17 +61,13 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path}: not valid UTF-8, at byte {error.start}") from None
 
 
-def _random_ids(model: "Backbone", tokens: int) -> list[int]:
-    import random
-
+def _random_ids(model: Backbone, tokens: int) -> list[int]:
     count = min(tokens, getattr(model.config, "max_sequence_length", None) or tokens)
     size, generator = model.config.vocabulary_size, random.Random(0)
     return [generator.randrange(min(3, size - 1), size) for _ in range(count)]
 
 
-def _text_ids(preset: str, text: str, tokens: int) -> "tuple[Backbone, list[int]]":
-    from refmodels.task import Task
-
+def _text_ids(preset: str, text: str, tokens: int) -> tuple[Backbone, list[int]]:
     task = Task.from_preset(preset, dtype="float32")
     if task.tokenizer is None:
         raise ValueError(f"preset {preset} has no tokenizer files: leave --text out for random tokens")
@@ -82,7 +78,7 @@ def _text_ids(preset: str, text: str, tokens: int) -> "tuple[Backbone, list[int]
     return task.backbone, ids
 
 
-def record(found: "Audit") -> dict[str, Any]:
+def record(found: Audit) -> dict[str, Any]:
     """The audit as JSON holds it: no infinities, which are null."""
 
     def number(value: float) -> float | None:
@@ -103,7 +99,7 @@ def record(found: "Audit") -> dict[str, Any]:
     }
 
 
-def _print(preset: str, what: str, found: "Audit") -> None:
+def _print(preset: str, what: str, found: Audit) -> None:
     print(f"{preset} in {found.dtype}, {what}")
     first = found.first_overflow
     if first is not None:

@@ -11,7 +11,7 @@ from refmodels.accelerator import REFERENCE, Accelerator
 from refmodels.bench_peers import AIMED, Plan, measure
 from refmodels.printing import aligned, print_json, say
 
-DOCUMENT = Path(__file__).parents[1] / "accel" / "bench" / "gpu.md"
+DOCUMENT = Path(__file__).parents[2] / "accel" / "bench" / "gpu.md"
 """Where a run of the shapes that have aims is kept, in a checkout."""
 
 TORCH_DEVICE = "cuda"
