@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,10 @@ Grid = tuple[int, int, int]
 
 MOST_BLOCKS = 65535
 """Of a grid's second and third axis."""
+
+WIDE_REDUCTIONS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION of cublas_api.h, which CuPy does not name. Without it cuBLAS may round parts
+of a long sum, which different blocks have made, to the type of the result before it adds them up."""
 
 
 class Strided(NamedTuple):
@@ -116,6 +120,7 @@ class Gpu:
 
     @cached_property
     def _pool(self) -> Any:
+        _give_back()
         return self._first("_pool", self.xp.cuda.MemoryPool())
 
     @cached_property
@@ -156,6 +161,7 @@ class Gpu:
 
     def room(self) -> tuple[int, int]:
         """Bytes of its memory that are free, the pool's among them, and all bytes."""
+        _give_back()
         with self.working():
             free, total = self.xp.cuda.runtime.memGetInfo()
             return int(free + self._pool.free_bytes()), int(total)
@@ -184,17 +190,18 @@ class Gpu:
         )
 
     def close(self) -> None:
-        """Give back stream, memory and recordings when the queue is empty. Arrays that are still held keep theirs; what is
-        asked for afterwards gets a new stream and new memory."""
+        """Give back stream, memory and recordings when the queue is empty. Arrays that are still held keep theirs, until they
+        go; what is asked for afterwards gets a new stream and new memory."""
         if "_stream" not in self.__dict__:
             return
         self._stream.synchronize()
         for recording in list(self._recordings):
             recording.close()
-        with self._device:
-            self._pool.free_all_blocks()
+        if "_pool" in self.__dict__:
+            _closed.append((self._device, self._pool))
         for own in ("_stream", "_pool", "_staging"):
             self.__dict__.pop(own, None)
+        _give_back()
 
     # -- arrays ---------------------------------------------------------------------------------------------------------------
 
@@ -291,9 +298,11 @@ class Gpu:
             c = self.xp.empty((m, n), wide) if out is None else out
             one, onto = np.ones(1, wide), np.full(1, add, wide)
             cublas, codes = self.xp.cuda.cublas, self._codes
+            handle = self._device.cublas_handle  # of this thread, on the stream in force
+            cublas.setMathMode(handle, WIDE_REDUCTIONS)  # each time, as products of CuPy's own set it back
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
-                self._device.cublas_handle,  # of this thread, on the stream in force
+                handle,
                 cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
                 cublas.CUBLAS_OP_N,
                 *(n, m, k),
@@ -386,6 +395,20 @@ class Staging:
 
 _current = threading.local()
 """`gpu` is the one that this thread works on, inside `working`."""
+
+_closed: list[tuple[Any, Any]] = []
+"""Devices and pools of closed GPUs, some of whose arrays may still be held. A pool has to be there when they go: CuPy loses the
+rest of every block that an array was a part of with the pool."""
+
+
+def _give_back() -> None:
+    """To the driver the memory of closed GPUs, as far as no array is in it."""
+    for device, pool in list(_closed):
+        with device:
+            pool.free_all_blocks()
+            if pool.total_bytes() == 0:
+                with suppress(ValueError):  # another thread has seen it too
+                    _closed.remove((device, pool))
 
 
 def _passed(argument: Any) -> Any:
