@@ -84,6 +84,13 @@ def test_an_array_that_is_not_contiguous(gpu):
     assert (gpu.to_host(gpu.to_device(array)) == array).all()
 
 
+def test_an_array_of_columns(gpu):
+    array = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    held = gpu.to_device(array)
+    assert held.flags.c_contiguous
+    assert (gpu.to_host(held) == array).all()
+
+
 def test_uploads_from_several_threads(gpu):
     arrays = [np.full(3 * Staging.PIECE // 2, i, np.int8) for i in range(3)]
     held = [None] * 3

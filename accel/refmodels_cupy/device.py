@@ -73,7 +73,7 @@ class Device(Protocol):
         """How many blocks can surely run at once."""
 
     def to_device(self, array: Array) -> Any:
-        """A copy of a host array."""
+        """A copy of a host array, contiguous whatever that is."""
 
     def to_host(self, array: Any) -> Array:
         """A host copy of a device array, when all work before it is done."""
@@ -208,7 +208,7 @@ class Gpu:
     def to_device(self, array: Array) -> Any:
         with self.working():
             if not isinstance(array, np.ndarray) or array.nbytes < Staging.LEAST:
-                return self.xp.asarray(array)
+                return self.xp.asarray(array, order="C")
             held = self.xp.empty(array.shape, array.dtype)
             self._staging.upload(np.ascontiguousarray(array), held.data, self._stream)
             return held

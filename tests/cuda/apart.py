@@ -106,7 +106,7 @@ class EmulatedApart(Emulated):
     xp = Functions()
 
     def to_device(self, array):
-        return apart(np.array(array))
+        return apart(np.array(array, order="C"))
 
     def to_host(self, array):
         return np.array(plain(array))

@@ -104,10 +104,10 @@ class StandIn:
 
     # -- arrays ---------------------------------------------------------------------------------------------------------------
 
-    def empty(self, shape, dtype):
+    def empty(self, shape, dtype, order="C"):
         assert self.allocator is not None, "not from the pool"
         assert not self.own().graph, "an allocation while a graph is captured"
-        memory = np.full(shape, 0x7F, numpy_dtype(np.dtype(dtype).name))
+        memory = np.full(shape, 0x7F, numpy_dtype(np.dtype(dtype).name), order)
         self.allocator(memory.nbytes)
         weakref.finalize(memory, returned, weakref.ref(self.allocator.__self__), memory.nbytes)
         return memory.view(Array)
@@ -117,10 +117,11 @@ class StandIn:
         array[...] = 0
         return array
 
-    def asarray(self, array):
-        if isinstance(array, Array):
+    def asarray(self, array, order="K"):
+        columns = order == "K" and np.isfortran(array)  # which are kept as they are
+        if isinstance(array, Array) and (order == "K" or array.flags.c_contiguous):
             return array
-        copy = self.empty(np.shape(array), np.asarray(array).dtype)
+        copy = self.empty(np.shape(array), np.asarray(array).dtype, "F" if columns else "C")
         copy[...] = array
         return copy
 
