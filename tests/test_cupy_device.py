@@ -164,6 +164,18 @@ def test_memory_that_does_not_suffice(stand_in, gpu):
     assert gpu.room() == (600_000, 1_000_000)
 
 
+def test_memory_that_does_not_suffice_for_cuda_itself(stand_in, gpu):
+    launch, a = rms_norm(gpu), gpu.to_device(np.ones((4, 4), np.float32))
+    gpu.launch(launch)
+    stand_in.memory = stand_in.used
+    for work, said in (
+        (lambda: gpu.product(a, a, out=a), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (lambda: gpu.captured([launch]), "cudaErrorMemoryAllocation: out of memory"),
+    ):
+        with pytest.raises(AcceleratorError, match=f"which do not suffice: {said}; fewer rows at once"):
+            work()
+
+
 def test_what_the_device_is(gpu):
     assert (gpu.name, gpu.multiprocessors) == ("NVIDIA Stand-in", 132)
     described = gpu.description()

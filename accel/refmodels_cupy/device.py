@@ -31,6 +31,11 @@ WIDE_REDUCTIONS = 16
 of a long sum, which different blocks have made, to the type of the result before it adds them up."""
 
 
+OUT_OF_MEMORY = {("OutOfMemoryError", None), ("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)}
+"""CuPy's errors by their names, and their status by the headers of CUDA: of arrays, and of what CUDA keeps for itself, such as
+a graph, the code of a kernel, or what cuBLAS works in."""
+
+
 class Strided(NamedTuple):
     """An array among the arguments of a launch that is not contiguous: the kernel is told its strides as well."""
 
@@ -177,8 +182,10 @@ class Gpu:
             _current.gpu = self
             try:
                 yield
-            except self.xp.cuda.memory.OutOfMemoryError as error:
-                raise AcceleratorError(self._exhausted(error)) from error
+            except Exception as error:
+                if (type(error).__name__, getattr(error, "status", None)) in OUT_OF_MEMORY:
+                    raise AcceleratorError(self._exhausted(error)) from error
+                raise
             finally:
                 _current.gpu = outer
 

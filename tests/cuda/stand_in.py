@@ -27,6 +27,12 @@ class OutOfMemoryError(MemoryError):
     pass
 
 
+class CUBLASError(RuntimeError):
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status = status
+
+
 class NVRTCError(RuntimeError):
     pass
 
@@ -77,7 +83,7 @@ class StandIn:
             empty=self.empty,
             zeros=self.zeros,
             asarray=self.asarray,
-            ascontiguousarray=lambda array: self.asarray(np.ascontiguousarray(array)),
+            ascontiguousarray=lambda array: self.asarray(array, order="C"),
             asnumpy=self.asnumpy,
             cuda=self.cuda(),
         )
@@ -146,6 +152,8 @@ class StandIn:
 
             @property
             def cublas_handle(self):
+                if outer.used >= outer.memory:
+                    raise CUBLASError(3, "CUBLAS_STATUS_ALLOC_FAILED")
                 return 1000 * (self.id + 1) + threading.get_ident() % 1000
 
             def __enter__(self):
@@ -185,6 +193,8 @@ class StandIn:
 
             def end_capture(self):
                 graph, self.graph = self.graph, None
+                if outer.used >= outer.memory:
+                    raise CUDARuntimeError(2, "cudaErrorMemoryAllocation: out of memory")
                 return graph
 
         class Graph:
