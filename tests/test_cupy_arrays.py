@@ -105,5 +105,11 @@ def test_what_is_flushed_and_what_is_moved(tmp_path):
         x[:, None] @ device.xp.ones((1, 1), np.float32),
     ):
         assert device.to_host(y).all()
-    with pytest.raises(TypeError, match="where of bfloat16"):
-        device.xp.where(x == x, x.astype(bfloat16), x.astype(bfloat16))
+    half = x.astype(bfloat16)
+    for refused in (
+        lambda: device.xp.where(x == x, half, half),
+        lambda: half[None, None] @ half[None, :, None],
+        lambda: 2.0 * half,
+    ):
+        with pytest.raises(TypeError, match="of bfloat16"):
+            refused()

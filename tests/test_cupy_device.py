@@ -773,6 +773,7 @@ def test_what_is_mixed_is_found(tmp_path):
     for mixed in (
         lambda: held + host,
         lambda: host * held,
+        lambda: held * np.array(2.0),
         lambda: held.__setitem__(slice(None), host),
         lambda: device.xp.where(held > 0, held, host),
         lambda: device.product(held[None], host[None]),
