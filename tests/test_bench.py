@@ -168,6 +168,30 @@ def test_an_accelerator_with_hardware_of_its_own_says_what_that_can_do():
     assert found["fresh_process"].keys() == {"left_out"}  # which looks for it among those that are installed
 
 
+@pytest.mark.parametrize(
+    ("hardware", "wanted"),
+    [
+        ({"device": "an abacus"}, "an abacus"),
+        ({"device": "a GPU", "memory": "80 GB", "cores": "132"}, "a GPU; memory 80 GB, cores 132"),
+    ],
+)
+def test_hardware_in_the_report(plugin, capsys, hardware, wanted):
+    plugin(
+        f"""
+from refmodels.accelerator import Accelerator
+class Elsewhere(Accelerator):
+    def hardware(self):
+        return {hardware}
+    def limits(self):
+        return 1e6, 1e9
+elsewhere = Elsewhere("elsewhere")
+""",
+        {"elsewhere": "elsewhere"},
+    )
+    assert main(["bench", "opt_tiny_stdlib", "--accelerator", "elsewhere", *QUICK]) == 0
+    assert re.search(rf"^device +{wanted}$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_new_process_that_fails_is_left_out_with_the_reason(tmp_path):
     backbone = OPTBackbone(**SMALL)
     found = fresh_process(backbone, Plan(8, 2), tmp_path / "nowhere", {})

@@ -111,8 +111,14 @@ def test_what_is_flushed_and_what_is_moved(tmp_path):
         x[:, None] @ device.xp.ones((1, 1), np.float32),
     ):
         assert device.to_host(y).all()
-    with pytest.raises(TypeError, match="where of bfloat16"):
-        device.xp.where(x == x, x.astype(bfloat16), x.astype(bfloat16))
+    half = x.astype(bfloat16)
+    for refused in (
+        lambda: device.xp.where(x == x, half, half),
+        lambda: half[None, None] @ half[None, :, None],
+        lambda: 2.0 * half,
+    ):
+        with pytest.raises(TypeError, match="of bfloat16"):
+            refused()
 
 
 # -- arrays of the device and of the host -------------------------------------------------------------------------------------
@@ -138,6 +144,7 @@ def test_what_is_mixed_is_found(tmp_path):
     for mixed in (
         lambda: held + host,
         lambda: host * held,
+        lambda: held * np.array(2.0),
         lambda: held.__setitem__(slice(None), host),
         lambda: device.xp.where(held > 0, held, host),
         lambda: device.product(held[None], host[None]),

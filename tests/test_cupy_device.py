@@ -38,6 +38,13 @@ def test_an_array_that_is_not_contiguous(gpu):
     assert (gpu.to_host(gpu.to_device(array)) == array).all()
 
 
+def test_an_array_of_columns(gpu):
+    array = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    held = gpu.to_device(array)
+    assert held.flags.c_contiguous
+    assert (gpu.to_host(held) == array).all()
+
+
 def test_uploads_from_several_threads(gpu):
     arrays = [np.full(3 * Staging.PIECE // 2, i, np.int8) for i in range(3)]
     held = [None] * 3
@@ -98,20 +105,37 @@ def test_working_ends_with_an_error(stand_in, gpu):
 
 def test_memory_that_does_not_suffice(stand_in, gpu):
     stand_in.memory = 10**6
-    gpu.empty((10**5,), np.float32)
+    held = [gpu.empty((10**5,), np.float32)]
     with pytest.raises(AcceleratorError) as caught:
         gpu.empty((10**6,), np.float32)
     assert str(caught.value) == (
         "NVIDIA Stand-in has 600.0 kB of 1.0 MB free, which do not suffice: Out of memory allocating 4,000,000 bytes; fewer "
         "rows at once, shorter texts and weights of fewer bytes need less"
     )
-    gpu.empty((10**5,), np.float32)
-    stand_in.kept = 7
-    assert gpu.room() == (200_007, 1_000_000)
+    held.append(gpu.empty((10**5,), np.float32))
+    assert gpu.room() == (200_000, 1_000_000)
+    held.pop()
+    assert gpu.room() == (600_000, 1_000_000)
+
+
+def test_memory_that_does_not_suffice_for_cuda_itself(stand_in, gpu):
+    launch, a = rms_norm(gpu), gpu.to_device(np.ones((4, 4), np.float32))
+    gpu.launch(launch)
+    stand_in.memory = stand_in.used
+    for work, said in (
+        (lambda: gpu.product(a, a, out=a), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (lambda: gpu.captured([launch]), "cudaErrorMemoryAllocation: out of memory"),
+    ):
+        with pytest.raises(AcceleratorError, match=f"which do not suffice: {said}; fewer rows at once"):
+            work()
 
 
 def test_what_the_device_is(gpu):
     assert (gpu.name, gpu.multiprocessors) == ("NVIDIA Stand-in", 132)
+    described = gpu.description()
+    assert (described["memory"], described["compute capability"]) == ("1.0 GB", "9.0")
+    assert described["driver"].endswith("for CUDA 12.9")
+    assert (described["CUDA runtime"], described["cupy"]) == ("12.9", "14.2.0")
 
 
 # -- products -----------------------------------------------------------------------------------------------------------------
@@ -137,6 +161,14 @@ def test_int8_weights_of_any_number_of_outputs(gpu, n):
     c = gpu.product(gpu.to_device(a), gpu.to_device(b), transposed=True)
     assert c.flags.c_contiguous
     assert (gpu.to_host(c) == a.astype(np.int32) @ b.astype(np.int32).T).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_product_that_is_rounded_once(gpu, dtype):
+    a, b = (gpu.to_device(np.ones((8, 8), numpy_dtype(dtype))) for _ in range(2))
+    y = gpu.to_device(np.full((8, 8), 3, numpy_dtype(dtype)))
+    assert gpu.product(a, b, out=y, add=True) is y
+    assert (gpu.to_host(y) == 11).all()
 
 
 def test_a_product_of_parts_and_one_of_nothing(gpu):
@@ -167,6 +199,19 @@ def test_close(stand_in, gpu):
     assert gpu.to_host(array).tolist() == [1, 1, 1]  # on a new stream
     gpu.close()
     gpu.close()
+
+
+def test_memory_of_a_closed_gpu_comes_back_when_its_arrays_go(stand_in, gpu):
+    array, other = (gpu.empty((1000,), np.float32) for _ in range(2))
+    part = array[:10]
+    gpu.close()
+    assert stand_in.used == 8000
+    del array, other
+    gpu.close()
+    assert stand_in.used == 8000  # nothing was closed
+    assert Gpu(0).room() == (10**9 - 4000, 10**9)
+    del part
+    assert Gpu(0).room() == (10**9, 10**9)
 
 
 def test_close_of_what_was_never_used(stand_in):

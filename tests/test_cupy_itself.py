@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from refmodels_cupy import compiler
 from refmodels_cupy.accelerator import FAMILIES
+from refmodels_cupy.device import OUT_OF_MEMORY
 from refmodels_cupy.source import all_forms
 from stand_in import StandIn
 
@@ -59,7 +60,7 @@ def test_cupy_has_what_the_gpu_uses():
         "Device": "compute_capability attributes cublas_handle __enter__",
         "Stream": "begin_capture end_capture synchronize __enter__",
         "Event": "record synchronize",
-        "MemoryPool": "malloc free_bytes free_all_blocks",
+        "MemoryPool": "malloc free_bytes free_all_blocks total_bytes",
         "Module": "load get_function",
         "Graph": "launch upload",
         "MemoryPointer": "ptr copy_from_host_async __add__",
@@ -75,8 +76,22 @@ def test_cupy_has_what_the_gpu_uses():
     assert "mode" in inspect.signature(cuda.Stream.begin_capture).parameters
     assert "stream" in inspect.signature(cupy.asnumpy).parameters
     assert "kind" in inspect.signature(cupy.argsort).parameters
-    assert issubclass(cuda.memory.OutOfMemoryError, MemoryError)
+    errors = {cuda.memory.OutOfMemoryError, cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError}
+    assert {error.__name__ for error in errors} | {"CUBLASError"} == {name for name, _ in OUT_OF_MEMORY}
     assert int(cupy.cuda.Device(3)) == 3
+
+
+@cupy_itself
+def test_cupy_has_the_products_that_the_gpu_uses():
+    import cupy
+
+    try:
+        cublas = cupy.cuda.cublas
+    except ImportError:
+        pytest.skip("cuBLAS cannot be found here")
+    for name, value in vars(StandIn().cublas()).items():
+        assert getattr(cublas, name) == value or callable(value), name
+    assert cublas.CUBLASError.__name__ in dict(OUT_OF_MEMORY)
 
 
 @cupy_itself

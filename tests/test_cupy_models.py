@@ -1,5 +1,7 @@
 """The models on the CuPy accelerator, on a device that is this CPU: composites, the captured decode step, planted faults."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from emulated import ORDERS, DoesNotCompile, Emulated, EmulationError
@@ -15,7 +17,7 @@ from refmodels.generate import select_rows
 from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.sampling import greedy_token, sample_token
 from refmodels.opt import opt_backbone
-from refmodels.parameters import build_tree
+from refmodels.parameters import build_tree, replace_leaves
 
 ONE_ORDER = (2,)
 """Of threads. In three orders each kernel is run by the tests of its own."""
@@ -252,6 +254,17 @@ def test_prompts_of_many_rows(compiled, family, mode):
         got.append(np.asarray(backbone.prefill(ids, real, np.full(ROWS, 23), cache), np.float32))
     wanted, found = got
     assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)  # bfloat16, whose roundings flip int8's
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_parameters_that_lie_column_after_column(compiled, family):
+    found = []
+    for order in "CF":
+        backbone = model(family, Cupy(Emulated(compiled, orders=ONE_ORDER)))
+        backbone.params = replace_leaves(model(family).params, partial(np.array, order=order))
+        cache = prefilled(backbone)
+        found.append(backbone.decode_step(PROMPTS[:, :1], np.ones((ROWS, 1), bool), LENGTHS, cache))
+    assert np.array_equal(*map(backbone.on_host, found))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,15 @@ Grid = tuple[int, int, int]
 
 MOST_BLOCKS = 65535
 """Of a grid's second and third axis."""
+
+WIDE_REDUCTIONS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION of cublas_api.h, which CuPy does not name. Without it cuBLAS may round parts
+of a long sum, which different blocks have made, to the type of the result before it adds them up."""
+
+
+OUT_OF_MEMORY = {("OutOfMemoryError", None), ("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)}
+"""CuPy's errors by their names, and their status by the headers of CUDA: of arrays, and of what CUDA keeps for itself, such as
+a graph, the code of a kernel, or what cuBLAS works in."""
 
 
 class Strided(NamedTuple):
@@ -69,7 +78,7 @@ class Device(Protocol):
         """How many blocks can surely run at once."""
 
     def to_device(self, array: Array) -> Any:
-        """A copy of a host array."""
+        """A copy of a host array, contiguous whatever that is."""
 
     def to_host(self, array: Any) -> Array:
         """A host copy of a device array, when all work before it is done."""
@@ -116,6 +125,7 @@ class Gpu:
 
     @cached_property
     def _pool(self) -> Any:
+        _give_back()
         return self._first("_pool", self.xp.cuda.MemoryPool())
 
     @cached_property
@@ -156,6 +166,7 @@ class Gpu:
 
     def room(self) -> tuple[int, int]:
         """Bytes of its memory that are free, the pool's among them, and all bytes."""
+        _give_back()
         with self.working():
             free, total = self.xp.cuda.runtime.memGetInfo()
             return int(free + self._pool.free_bytes()), int(total)
@@ -171,8 +182,10 @@ class Gpu:
             _current.gpu = self
             try:
                 yield
-            except self.xp.cuda.memory.OutOfMemoryError as error:
-                raise AcceleratorError(self._exhausted(error)) from error
+            except Exception as error:
+                if (type(error).__name__, getattr(error, "status", None)) in OUT_OF_MEMORY:
+                    raise AcceleratorError(self._exhausted(error)) from error
+                raise
             finally:
                 _current.gpu = outer
 
@@ -184,24 +197,25 @@ class Gpu:
         )
 
     def close(self) -> None:
-        """Give back stream, memory and recordings when the queue is empty. Arrays that are still held keep theirs; what is
-        asked for afterwards gets a new stream and new memory."""
+        """Give back stream, memory and recordings when the queue is empty. Arrays that are still held keep theirs, until they
+        go; what is asked for afterwards gets a new stream and new memory."""
         if "_stream" not in self.__dict__:
             return
         self._stream.synchronize()
         for recording in list(self._recordings):
             recording.close()
-        with self._device:
-            self._pool.free_all_blocks()
+        if "_pool" in self.__dict__:
+            _closed.append((self._device, self._pool))
         for own in ("_stream", "_pool", "_staging"):
             self.__dict__.pop(own, None)
+        _give_back()
 
     # -- arrays ---------------------------------------------------------------------------------------------------------------
 
     def to_device(self, array: Array) -> Any:
         with self.working():
             if not isinstance(array, np.ndarray) or array.nbytes < Staging.LEAST:
-                return self.xp.asarray(array)
+                return self.xp.asarray(array, order="C")
             held = self.xp.empty(array.shape, array.dtype)
             self._staging.upload(np.ascontiguousarray(array), held.data, self._stream)
             return held
@@ -291,9 +305,11 @@ class Gpu:
             c = self.xp.empty((m, n), wide) if out is None else out
             one, onto = np.ones(1, wide), np.full(1, add, wide)
             cublas, codes = self.xp.cuda.cublas, self._codes
+            handle = self._device.cublas_handle  # of this thread, on the stream in force
+            cublas.setMathMode(handle, WIDE_REDUCTIONS)  # each time, as products of CuPy's own set it back
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
-                self._device.cublas_handle,  # of this thread, on the stream in force
+                handle,
                 cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
                 cublas.CUBLAS_OP_N,
                 *(n, m, k),
@@ -386,6 +402,20 @@ class Staging:
 
 _current = threading.local()
 """`gpu` is the one that this thread works on, inside `working`."""
+
+_closed: list[tuple[Any, Any]] = []
+"""Devices and pools of closed GPUs, some of whose arrays may still be held. A pool has to be there when they go: CuPy loses the
+rest of every block that an array was a part of with the pool."""
+
+
+def _give_back() -> None:
+    """To the driver the memory of closed GPUs, as far as no array is in it."""
+    for device, pool in list(_closed):
+        with device:
+            pool.free_all_blocks()
+            if pool.total_bytes() == 0:
+                with suppress(ValueError):  # another thread has seen it too
+                    _closed.remove((device, pool))
 
 
 def _passed(argument: Any) -> Any:

@@ -81,7 +81,7 @@ def _report(result: Mapping[str, Any]) -> list[str]:
     rows = [
         ("model", f"{result['preset']}, {result['parameters']:,} parameters, {kind}, {weights}"),
         ("accelerator", str(result["accelerator"])),
-        *([("device", ", ".join(result["hardware"].values()))] if result["hardware"] else []),
+        *([("device", _hardware(result["hardware"]))] if result["hardware"] else []),
         ("machine", f"{machine['processor']}, {machine['cores']} cores; NumPy {machine['numpy']}"),
         ("limits", _limits(result)),
         ("a step reads", byte_size(result["bytes_per_step"])),
@@ -97,6 +97,12 @@ def _report(result: Mapping[str, Any]) -> list[str]:
     rounds = f"{result['repeats']} round{'s' * (result['repeats'] > 1)}"
     rounds += f"; decoding: {result['new_tokens']} tokens after {DECODE_AFTER}"
     return [*aligned(rows), "", *aligned(table, right=(1, 2, 3, 4, 5)), "", rounds]
+
+
+def _hardware(hardware: Mapping[str, str]) -> str:
+    """Its name, and by their names the numbers that would say nothing alone."""
+    others = ", ".join(f"{name} {value}" for name, value in hardware.items() if name != "device")
+    return f"{hardware['device']}; {others}" if others else hardware["device"]
 
 
 def _limits(result: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ class Emulated:
         self._functions = {}
 
     def to_device(self, array):
-        return np.array(array)
+        return np.array(array, order="C")
 
     def to_host(self, array):
         return np.asarray(array)

@@ -29,6 +29,12 @@ class OutOfMemoryError(MemoryError):
     pass
 
 
+class CUBLASError(RuntimeError):
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status = status
+
+
 class NVRTCError(RuntimeError):
     pass
 
@@ -55,6 +61,12 @@ class Pinned(bytearray):
         return ctypes.addressof(ctypes.c_char.from_buffer(self))
 
 
+def returned(pool, size):
+    """The memory of an array to its pool; where that is gone, to nobody: CuPy loses parts of blocks with it."""
+    if pool() is not None:
+        pool().free += size
+
+
 class StandIn:
     """`module` is the stand-in. What happens is written down: `launched`, `products`, `compiled`, `streams`."""
 
@@ -63,15 +75,17 @@ class StandIn:
         self.driver, self.built, self.device_name = driver, runtime, name
         self.error = None  # of asking for devices
         self.libraries = {"nvrtc", "cublas"}
-        self.used, self.kept = 0, 0  # bytes that arrays were given, and that the pool has for others
+        self.used = 0  # bytes that pools have of it
+        self.modes = {}  # of cuBLAS, by handle
         self.launched, self.products, self.compiled, self.streams = [], [], [], []
         self.local = threading.local()
         self.module = types.SimpleNamespace(
+            __version__="14.2.0",
             ndarray=Array,
             empty=self.empty,
             zeros=self.zeros,
             asarray=self.asarray,
-            ascontiguousarray=lambda array: self.asarray(np.ascontiguousarray(array)),
+            ascontiguousarray=lambda array: self.asarray(array, order="C"),
             asnumpy=self.asnumpy,
             cuda=self.cuda(),
         )
@@ -98,22 +112,24 @@ class StandIn:
 
     # -- arrays ---------------------------------------------------------------------------------------------------------------
 
-    def empty(self, shape, dtype):
+    def empty(self, shape, dtype, order="C"):
         assert self.allocator is not None, "not from the pool"
         assert not self.own().graph, "an allocation while a graph is captured"
-        array = np.full(shape, 0x7F, numpy_dtype(np.dtype(dtype).name)).view(Array)
-        self.allocator(array.nbytes)
-        return array
+        memory = np.full(shape, 0x7F, numpy_dtype(np.dtype(dtype).name), order)
+        self.allocator(memory.nbytes)
+        weakref.finalize(memory, returned, weakref.ref(self.allocator.__self__), memory.nbytes)
+        return memory.view(Array)
 
     def zeros(self, shape, dtype):
         array = self.empty(shape, dtype)
         array[...] = 0
         return array
 
-    def asarray(self, array):
-        if isinstance(array, Array):
+    def asarray(self, array, order="K"):
+        columns = order == "K" and np.isfortran(array)  # which are kept as they are
+        if isinstance(array, Array) and (order == "K" or array.flags.c_contiguous):
             return array
-        copy = self.empty(np.shape(array), np.asarray(array).dtype)
+        copy = self.empty(np.shape(array), np.asarray(array).dtype, "F" if columns else "C")
         copy[...] = array
         return copy
 
@@ -138,6 +154,8 @@ class StandIn:
 
             @property
             def cublas_handle(self):
+                if outer.used >= outer.memory:
+                    raise CUBLASError(3, "CUBLAS_STATUS_ALLOC_FAILED")
                 return 1000 * (self.id + 1) + threading.get_ident() % 1000
 
             def __enter__(self):
@@ -177,6 +195,8 @@ class StandIn:
 
             def end_capture(self):
                 graph, self.graph = self.graph, None
+                if outer.used >= outer.memory:
+                    raise CUDARuntimeError(2, "cudaErrorMemoryAllocation: out of memory")
                 return graph
 
         class Graph:
@@ -208,18 +228,30 @@ class StandIn:
         class MemoryPool:
             device = None
 
+            def __init__(self):
+                self.taken = self.free = 0
+
             def malloc(self, size):
-                if outer.used + size > outer.memory:
+                if outer.used + size - self.free > outer.memory:
+                    self.free_all_blocks()
                     raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
-                outer.used += size
+                more = max(size - self.free, 0)
+                outer.used += more
+                self.taken += more
+                self.free -= size - more
                 self.device = outer.device
 
             def free_bytes(self):
-                return outer.kept
+                return self.free
+
+            def total_bytes(self):
+                return self.taken
 
             def free_all_blocks(self):
                 assert self.device in (None, outer.device), "of another device"
-                outer.used = 0
+                outer.used -= self.free
+                self.taken -= self.free
+                self.free = 0
 
         @contextmanager
         def using_allocator(allocator):
@@ -296,7 +328,12 @@ class StandIn:
             driverGetVersion=lambda: outer.driver,
             runtimeGetVersion=lambda: outer.built,
             getDeviceCount=device_count,
-            getDeviceProperties=lambda index: {"name": outer.device_name},
+            getDeviceProperties=lambda index: {
+                "name": outer.device_name,
+                "totalGlobalMem": outer.memory,
+                "major": int(outer.capability[:-1]),
+                "minor": int(outer.capability[-1]),
+            },
             memGetInfo=lambda: (outer.memory - outer.used, outer.memory),
         )
         return module
@@ -349,6 +386,7 @@ class StandIn:
             CUBLAS_COMPUTE_64F=70,
             CUBLAS_COMPUTE_32I=72,
             CUBLAS_GEMM_DEFAULT=-1,
+            setMathMode=self.modes.__setitem__,
             gemmEx=self.gemm,
         )
 
@@ -359,6 +397,8 @@ class StandIn:
         scale = {68: 0, 77: 0, 70: 1, 72: 10}[compute]
         assert not self.own().graph, "cuBLAS while a graph is captured"
         self.own().synchronize()  # what it reads has been put there
+        if (mode := self.modes.pop(handle, 0)) != 16:  # as after any product of CuPy's own
+            assert c_type == scale, f"in math mode {mode} parts of sums are rounded to the type of the result"
         if compute == 72:
             assert (a_type, c_type, transa, transb) == (3, 10, 1, 0)
             assert m % 4 == k % 4 == lda % 4 == ldb % 4 == 0
