@@ -85,20 +85,25 @@ def read_json(directory: Path, *names: str) -> dict[str, Any]:
 
 
 def field(values: Mapping[str, Any], source: str, names: str | tuple[str, ...], kind: str, default: Any = REQUIRED) -> Any:
-    """The value of the first of `names` that is there and not null, checked to be of this kind (`KINDS`), else the
-    default.
+    """The value of the one of `names` that is there and not null, checked to be of this kind (`KINDS`), else the default.
 
-    ValueError says the file (`source`), the field, what was found and what was wanted.
+    ValueError says the file (`source`), the field, what was found and what was wanted: for a value that is not of this kind,
+    and for two that contradict each other, of which one reader takes the one and another the other.
     """
     names = (names,) if isinstance(names, str) else names
-    name = next((name for name in names if values.get(name) is not None), None)
+    given = [name for name in names if values.get(name) is not None]
     words, holds = KINDS[kind]
-    if name is None:
+    if not given:
         if default is REQUIRED:
             raise CheckpointError(f"{source}: field {names[0]!r} is missing or null, wanted {words}")
         return default
+    name, *others = given
     if not holds(values[name]):
         raise CheckpointError(f"{source}: field {name!r} is {str(values[name])[:100]!r}, wanted {words}")
+    for other in others:
+        if values[other] != values[name]:
+            found = f"field {name!r} is {values[name]!r}, but {other!r} is {str(values[other])[:100]!r}"
+            raise CheckpointError(f"{source}: {found}, wanted one value for both")
     return values[name]
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from refmodels.files import CheckpointError, inside, read_json, write_bytes
-from refmodels.tokenizers import FAMILIES, T5Tokenizer, Tokenizer, argument_names, checked_vocabulary, quoted
+from refmodels.tokenizers import (
+    FAMILIES,
+    BloomTokenizer,
+    T5Tokenizer,
+    Tokenizer,
+    argument_names,
+    checked_vocabulary,
+    quoted,
+)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -76,33 +84,75 @@ def _load_hugging_face(root: Path, data: dict[str, Any], family: str | None, opt
     if (family or stated) not in FAMILIES or (family and stated in FAMILIES and stated != family):
         wanted = repr(family) if family else f"{quoted(FAMILIES)}: pass family="
         raise CheckpointError(f"{root / 'config.json'} names {name!r} as the family, wanted {wanted}")
-    family = family or stated
+    family, added = family or stated, _added_tokens(root, data, settings)
     if family == "t5" and "model" in data and not (root / "spiece.model").exists():  # as Transformers 5 saves it
         return _load_unigram(root / "tokenizer.json", data, options)
     if family == "t5":
         proto = inside(root, "spiece.model")
         if "extra_ids" not in options:
             special = str(_optional_json(root, "special_tokens_map.json").get("additional_special_tokens"))
-            listed = len(set(re.findall(r"<extra_id_\d+>", special)))
+            listed = len(set(re.findall(r"<extra_id_\d+>", " ".join([special, *added]))))
             default = 100 if T5Tokenizer(proto).vocabulary_size() == 32000 else 0
             options = options | {"extra_ids": settings.get("extra_ids", listed or default)}
-        return T5Tokenizer(proto, **options)
+        tokenizer = T5Tokenizer(proto, **options)
+        pieces = set(tokenizer.get_vocabulary())
+        if other := [name for name in added if name not in pieces and not re.fullmatch(r"<extra_id_\d+>", name)]:
+            raise CheckpointError(
+                f"{root}: the added token {other[0][:100]!r} is no piece of spiece.model, and T5Tokenizer has no others"
+            )
+        return tokenizer
     options = {"add_prefix_space": bool(settings.get("add_prefix_space", False))} | options
     found: type[Any] = FAMILIES[family]
+    ids = {name: token.get("id") for name, token in added.items()}
+    for name, token in added.items():
+        if flag := next((flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)), None):
+            raise CheckpointError(f"{root}: the added token {name[:100]!r} has {flag!r}, which {found.__name__} does not do")
+    options = {"unsplittable_tokens": list(added)} | options
     if not data:
-        return found(inside(root, "vocab.json"), inside(root, "merges.txt"), **options)
-    file, model, added = root / "tokenizer.json", data["model"], data.get("added_tokens") or []
+        file = root / "vocab.json"
+        return found(checked_vocabulary(read_json(root, file.name) | ids, str(file)), inside(root, "merges.txt"), **options)
+    file, model = root / "tokenizer.json", data["model"]
     if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys() or model.get("type", "BPE") != "BPE":
         raise CheckpointError(f'{file} must hold a BPE "model" with "vocab" and "merges" for {found.__name__}')
-    sound = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
-    if not sound:
-        raise CheckpointError(f'{file} must hold "added_tokens" as a list of objects with "content" and "id"')
+    if found is BloomTokenizer and (data.get("normalizer") is not None or not _splits_as_bloom(data)):
+        raise CheckpointError(f"{file}: its normalizer and its pre_tokenizer are not BLOOM's, and BloomTokenizer has no others")
     try:
-        options = {"unsplittable_tokens": [t["content"] for t in added]} | options
-        vocabulary = checked_vocabulary(model["vocab"], "vocab") | {t["content"]: t.get("id") for t in added}
-        return found(vocabulary, model["merges"], **options)
+        return found(checked_vocabulary(model["vocab"], "vocab") | ids, model["merges"], **options)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _splits_as_bloom(data: dict[str, Any]) -> bool:
+    """Whether the text is split by BLOOM's rule in this tokenizer.json, and each piece then put into the byte alphabet."""
+    words = {"type": "Split", "pattern": {"Regex": BloomTokenizer.splitting_pattern}, "behavior": "Isolated", "invert": False}
+    into_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    steps = _steps(data, "pre_tokenizer", "pretokenizers")
+    return len(steps) == 2 and all(
+        isinstance(step, dict) and wanted.items() <= step.items()
+        for wanted, step in zip((words, into_bytes), steps, strict=True)
+    )
+
+
+def _added_tokens(root: Path, data: dict[str, Any], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a Hugging Face directory adds to its vocabulary: each token with its "id" and what else is said of it.
+
+    tokenizer.json has them all. Without it tokenizer_config.json has, and before Transformers 4.34 added_tokens.json.
+    """
+    if data:
+        return _checked_added(data, str(root / "tokenizer.json"))
+    file, listed = root / "tokenizer_config.json", settings.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict) or not all(re.fullmatch("[0-9]{1,9}", i) for i in listed):
+        raise CheckpointError(f'{file} must hold "added_tokens_decoder" as an object from ids to tokens')
+    older = [{"content": name, "id": i} for name, i in _optional_json(root, "added_tokens.json").items()]
+    newer = [token | {"id": int(i)} if isinstance(token, dict) else token for i, token in listed.items()]
+    return _checked_added({"added_tokens": [*older, *newer]}, str(file))
+
+
+def _checked_added(data: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added):
+        raise CheckpointError(f'{source} must hold "added_tokens" as a list of objects with "content" and "id"')
+    return {token["content"]: token for token in added}
 
 
 def _load_unigram(file: Path, data: dict[str, Any], options: dict[str, Any]) -> Tokenizer:
@@ -125,12 +175,11 @@ def sentencepiece_model(data: dict[str, Any], source: str) -> tuple[bytes, int]:
 
     CheckpointError, naming the file `source`, for a step or a token that sentencepiece does not have.
     """
-    model, added = data["model"], data.get("added_tokens") or []
+    model = data["model"]
     vocabulary = model.get("vocab") if isinstance(model, dict) and model.get("type") == "Unigram" else None
     if not isinstance(vocabulary, list) or not all(_is_entry(entry) for entry in vocabulary):
         raise CheckpointError(f'{source} must hold a Unigram "model" with "vocab" as a list of [piece, score] for T5Tokenizer')
-    if not isinstance(added, list) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added):
-        raise CheckpointError(f'{source} must hold "added_tokens" as a list of objects with "content" and "id"')
+    added = _checked_added(data, source)
     normalizers, others = _steps(data, "normalizer", "normalizers"), _steps(data, "pre_tokenizer", "pretokenizers")
     for step, known in [*((s, _NORMALIZERS) for s in normalizers), *((s, _PRE_TOKENIZERS) for s in others)]:
         kind = step.get("type") if isinstance(step, dict) else None
@@ -138,8 +187,8 @@ def sentencepiece_model(data: dict[str, Any], source: str) -> tuple[bytes, int]:
             raise CheckpointError(
                 f"{source}: step {str(kind)[:100]!r} is none of {quoted(sorted(known))}: put spiece.model beside"
             )
-    special = {token["content"] for token in added if token.get("special") is True}
-    ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} | {token["content"]: token.get("id") for token in added}
+    special = {name for name, token in added.items() if token.get("special") is True}
+    ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} | {name: token.get("id") for name, token in added.items()}
     extra = sorted((name for name in ids if re.fullmatch(r"<extra_id_[0-9]{1,4}>", name)), key=lambda name: int(name[10:-1]))
     own = [entry for entry in vocabulary if entry[0] not in extra]
     wanted = {piece: i for i, (piece, _) in enumerate(own)}

@@ -35,6 +35,7 @@ from refmodels.opt import OPTBackbone
 from refmodels.preprocessor_files import task_settings
 from refmodels.preprocessors import OPTCausalLMPreprocessor
 from refmodels.tokenizer_files import load_tokenizer
+from refmodels.tokenizers import BloomTokenizer
 from refmodels.weights import huggingface
 
 resource = pytest.importorskip("resource")  # limits, which Windows lacks
@@ -121,7 +122,11 @@ def tokenizer_files(family, keras):
         model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
         added = [{"id": 0, "content": "<s>"}, {"id": 1, "content": "<pad>"}]
         config = {"model_type": family, "vocab_size": 12}
-        files = {"tokenizer.json": {"model": model, "added_tokens": added}, "config.json": config}
+        rule = {"Regex": BloomTokenizer.splitting_pattern}
+        words = {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False}
+        into_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        steps = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, into_bytes]}}
+        files = {"tokenizer.json": {"model": model, "added_tokens": added} | steps, "config.json": config}
         return {name: json.dumps(value).encode() for name, value in files.items()}
     config = {"sequence_length": None, "add_prefix_space": False, "unsplittable_tokens": ["<s>"], "dtype": "int32"}
     return {

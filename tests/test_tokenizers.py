@@ -201,6 +201,77 @@ def test_prefix_space_and_unsplittable_tokens(tmp_path: Path) -> None:
         assert load_tokenizer(tmp_path / family)("a[é x]b") == tokenizer("a[é x]b")
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<sep>": 700}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"700": {"content": "<sep>", "lstrip": False, "special": False}}}),
+    ],
+)
+def test_added_tokens_beside_vocab_json(family: str, file: str, content: dict, tmp_path: Path) -> None:
+    """As Transformers saves a tokenizer that has no tokenizer.json."""
+    directory = hugging_face(tmp_path, family, "vocab.json", "merges.txt")
+    plain = load_tokenizer(directory)
+    (directory / file).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer("a<sep> b") == [*plain("a"), 700, *plain(" b")]
+    assert tokenizer.detokenize([700]) == "<sep>"
+
+
+def added(**flags: object) -> dict:
+    return {"added_tokens": [{"content": "<sep>", "id": 700, "special": False} | flags]}
+
+
+BLOOM_WORDS, BLOOM_BYTES = json.loads((DATA / "bloom/tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("opt", added(lstrip=True), "'<sep>' has 'lstrip', which OPTTokenizer does not do"),
+        ("bloom", added(rstrip=True), "'<sep>' has 'rstrip', which BloomTokenizer does not do"),
+        ("bloom", added(single_word=True), "'<sep>' has 'single_word'"),
+        (
+            "bloom",
+            {"normalizer": {"type": "Lowercase"}},
+            "tokenizer.json: its normalizer and its pre_tokenizer are not BLOOM's",
+        ),
+        ("bloom", {"pre_tokenizer": None}, "are not BLOOM's"),
+        ("bloom", {"pre_tokenizer": BLOOM_BYTES}, "are not BLOOM's"),
+        ("bloom", {"pre_tokenizer": [BLOOM_WORDS, BLOOM_BYTES | {"add_prefix_space": True}]}, "are not BLOOM's"),
+        ("bloom", {"pre_tokenizer": [BLOOM_WORDS | {"pattern": {"String": " "}}, BLOOM_BYTES]}, "are not BLOOM's"),
+    ],
+)
+def test_steps_that_our_tokenizer_does_not_do(family: str, changes: dict, message: str, tmp_path: Path) -> None:
+    directory = hugging_face(tmp_path, family, "tokenizer.json")
+    data = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(data | changes))
+    with pytest.raises(files.CheckpointError, match=message):
+        load_tokenizer(directory)
+
+
+def test_t5_has_no_tokens_beside_its_pieces(tmp_path: Path) -> None:
+    directory = hugging_face(tmp_path, "t5")
+    decoder = {
+        "2": {"content": "<unk>"},
+        **{str(700 + n): {"content": f"<extra_id_{2 - n}>", "lstrip": True} for n in range(3)},
+    }
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps({"added_tokens_decoder": decoder}))
+    assert load_tokenizer(directory)("<extra_id_0>") == [702]
+    settings.write_text(json.dumps({"added_tokens_decoder": decoder | {"703": {"content": "<sep>"}}}))
+    with pytest.raises(files.CheckpointError, match=r"the added token '<sep>' is no piece of spiece\.model"):
+        load_tokenizer(directory)
+    settings.write_text(json.dumps({"added_tokens_decoder": {"x": {}}}))
+    with pytest.raises(files.CheckpointError, match=r'tokenizer_config\.json must hold "added_tokens_decoder"'):
+        load_tokenizer(directory)
+    settings.unlink()
+    (directory / "added_tokens.json").write_text('{"<sep>": 700}')
+    with pytest.raises(files.CheckpointError, match="the added token '<sep>'"):
+        load_tokenizer(directory)
+
+
 def test_text_without_symbols_is_not_dropped() -> None:
     vocabulary = {"</s>": 0, "<pad>": 1, "a": 2}
     assert OPTTokenizer(vocabulary, [])("aa</s>") == [2, 2, 0]

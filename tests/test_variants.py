@@ -276,6 +276,8 @@ DECIDED = {
     ("mt5", "absent", ..., ..., ...): (True, False),
     ("mt5", "absent", ..., False, "4.30.0"): (True, False),
     ("mt5", "absent", ..., True, "5.23.0"): (True, False),
+    ("mt5", "absent", True, True, "5.23.0"): (True, False),
+    ("mt5", "absent", True, ..., ...): (True, False),
     ("mt5", "equal", ..., True, "5.23.0"): (True, False),
     ("mt5", "other", ..., ..., ...): (False, False),
     ("mt5", "other", ..., False, "4.10.0.dev0"): (False, False),

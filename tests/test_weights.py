@@ -568,6 +568,18 @@ def test_t5_feed_forward(proj, activation, gated):
     assert (found["activation"], found["use_gated_activation"]) == (activation, gated)
 
 
+def test_mt5_is_gated_unless_it_says_otherwise():
+    found = huggingface.arguments({**T5, "model_type": "mt5"}, "config.json")
+    assert (found["activation"], found["use_gated_activation"]) == ("gelu_approximate", True)
+
+
+def test_t5_fields_by_transformers_common_names():
+    other = {"d_model": "hidden_size", "d_kv": "head_dim", "num_layers": "num_hidden_layers"}
+    other |= {"num_heads": "num_attention_heads"}
+    common = {other.get(name, name): value for name, value in T5.items()}
+    assert huggingface.arguments(common, "config.json") == huggingface.arguments(T5, "config.json")
+
+
 def test_older_bloom_fields():
     old = {"model_type": "bloom", "vocab_size": 97, "n_embed": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     assert huggingface.arguments(old, "config.json") == huggingface.arguments(BLOOM, "config.json")
@@ -604,6 +616,9 @@ def test_older_bloom_fields():
             ["'apply_residual_connection_post_layernorm' is True"],
         ),
         (BLOOM, {"hidden_size": "32"}, ["'hidden_size' is '32'", "whole number"]),
+        (BLOOM, {"num_attention_heads": 2}, ["'n_head' is 4", "'num_attention_heads' is '2'", "one value for both"]),
+        (BLOOM, {"n_embed": 64}, ["'hidden_size' is 32", "'n_embed' is '64'"]),
+        (T5, {"num_attention_heads": 2}, ["'num_heads' is 4", "'num_attention_heads' is '2'"]),
     ],
 )
 def test_a_configuration_that_the_class_cannot_be_is_refused(config, changes, words):

@@ -84,16 +84,18 @@ def _only(config: Mapping[str, Any], source: str, name: str, wanted: Any, class_
 
 
 def _t5(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    layers = field(config, source, "num_layers", "layers")
+    layers = field(config, source, ("num_layers", "num_hidden_layers"), "layers")
     _only(config, source, "num_decoder_layers", layers, "T5Backbone")
     _only(config, source, "relative_attention_num_buckets", 32, "T5Backbone")
     _only(config, source, "relative_attention_max_distance", 128, "T5Backbone")
-    gate, _, function = field(config, source, "feed_forward_proj", "text", "relu").rpartition("-")
+    usual = "gated-gelu" if config["model_type"] == "mt5" else "relu"
+    feed_forward = field(config, source, "feed_forward_proj", "text", usual)
+    gate, _, function = feed_forward.rpartition("-")
     if (gate, function) == ("gated", "gelu"):
         function = "gelu_new"  # the name says gelu, the function has always been the tanh form
     if gate not in {"", "gated"} or function not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{source}: field 'feed_forward_proj' is {config['feed_forward_proj']!r}, wanted one of "
+            f"{source}: field 'feed_forward_proj' is {feed_forward!r}, wanted one of "
             f"{', '.join(sorted(_ACTIVATIONS))}, or gated- and one of them"
         )
     _only(config, source, "dense_act_fn", function, "with this feed_forward_proj T5Backbone")
@@ -102,10 +104,10 @@ def _t5(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {
         "vocabulary_size": field(config, source, "vocab_size", "size"),
         "num_layers": layers,
-        "num_heads": field(config, source, "num_heads", "size"),
-        "hidden_dim": field(config, source, "d_model", "size"),
+        "num_heads": field(config, source, ("num_heads", "num_attention_heads"), "size"),
+        "hidden_dim": field(config, source, ("d_model", "hidden_size"), "size"),
         "intermediate_dim": field(config, source, "d_ff", "size"),
-        "key_value_dim": field(config, source, "d_kv", "size"),
+        "key_value_dim": field(config, source, ("d_kv", "head_dim"), "size"),
         "dropout": field(config, source, "dropout_rate", "fraction", 0.1),
         "activation": _ACTIVATIONS[function],
         "use_gated_activation": gate == "gated",
@@ -162,13 +164,14 @@ def prefix(names: Iterable[str], family: str) -> str:
 def logits_scaled(config: Mapping[str, Any], source: str) -> bool:
     """Whether a T5 with this config.json scales its hidden state by n**-0.5 in front of the head (T5-C6).
 
-    `scale_decoder_outputs` says so. Before Transformers 5 there was no such field, and `tie_word_embeddings` said it: true
-    unless given in a T5, false unless given in an mT5. From 5 on that field is true in every file, and an mT5 never scales.
+    `scale_decoder_outputs` says so in a T5. Before Transformers 5 there was no such field, and `tie_word_embeddings` said it:
+    true unless given in a T5, false unless given in an mT5. From 5 on that field is true in every file, and an mT5, which has
+    never had the other one, does not scale.
     """
     multilingual = config["model_type"] == "mt5"
-    tied = field(config, source, "tie_word_embeddings", "flag", not multilingual)
-    if multilingual and _version(config, source) >= 5:
-        tied = False
+    tied = bool(field(config, source, "tie_word_embeddings", "flag", not multilingual))
+    if multilingual:
+        return tied and _version(config, source) < 5
     return bool(field(config, source, "scale_decoder_outputs", "flag", tied))
 
 
