@@ -207,6 +207,11 @@ FAULTS = {
     "no barrier between lanes": (PLAIN, "        __syncwarp();\n", ""),
     "the last piece is left out": (DECODE, "(count + PIECE - 1) / PIECE", "count / PIECE"),
     "the counter of blocks is not cleared": (DECODE, "if (threadIdx.x == 0) *arrived = 0;", ""),
+    "a block that is counted before it has written": (
+        DECODE,
+        "    __syncthreads();\n    if (threadIdx.x == 0) before[0]",
+        "    if (threadIdx.x == 0) before[0]",
+    ),
     "no barrier before it is known who is last": (
         DECODE,
         "before[0] = atomicAdd(arrived, 1);\n    __syncthreads();",
