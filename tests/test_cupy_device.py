@@ -176,6 +176,13 @@ def test_products(gpu, dtype, transposed):
     assert (c == a.astype(wide) @ (b.T if transposed else b).astype(wide)).all()
 
 
+def test_sums_are_not_added_up_in_half_precision(gpu, stand_in):
+    """cuBLAS is told so for each product, and CuPy's own find its handle as they left it."""
+    a = gpu.to_device(np.ones((4, 4), np.float16))
+    gpu.product(a, a, out=gpu.empty((4, 4), np.float16))
+    assert set(stand_in.math_modes.values()) == {0}
+
+
 @pytest.mark.parametrize("n", [1, 6, 7])
 def test_int8_weights_of_any_number_of_outputs(gpu, n):
     rng = np.random.default_rng(1)

@@ -27,6 +27,10 @@ MOST_BLOCKS = 65535
 """Of a grid's second and third axis."""
 
 
+WHOLE_SUMS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION of CUDA's cublas_api.h, which CuPy does not name."""
+
+
 class Strided(NamedTuple):
     """An array among the arguments of a launch that is not contiguous: the kernel is told its strides as well."""
 
@@ -291,9 +295,12 @@ class Gpu:
             c = self.xp.empty((m, n), wide) if out is None else out
             one, onto = np.ones(1, wide), np.full(1, add, wide)
             cublas, codes = self.xp.cuda.cublas, self._codes
+            handle = self._device.cublas_handle  # of this thread, on the stream in force
+            # A sum that several blocks share would be added up in the type of the result, half precision, otherwise.
+            cublas.setMathMode(handle, WHOLE_SUMS)
             # cuBLAS counts by columns: it is asked for the transposed product, b.T @ a.T.
             cublas.gemmEx(
-                self._device.cublas_handle,  # of this thread, on the stream in force
+                handle,
                 cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
                 cublas.CUBLAS_OP_N,
                 *(n, m, k),
@@ -305,6 +312,7 @@ class Gpu:
                 self._arithmetic(a.dtype.name),
                 cublas.CUBLAS_GEMM_DEFAULT,
             )
+            cublas.setMathMode(handle, cublas.CUBLAS_DEFAULT_MATH)  # the handle is CuPy's own products' too
         return c
 
     def _arithmetic(self, dtype: str) -> int:

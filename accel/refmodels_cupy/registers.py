@@ -28,8 +28,8 @@ DISTRIBUTIONS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one form takes: registers of a thread, bytes of a thread that do not fit into them or are arrays whose places are not
-    known when it is compiled, bytes of a block's shared memory beside that which a launch asks for."""
+    """What one form takes: registers of a thread, bytes of a thread that do not fit into them or are arrays whose places are
+    known at the launch alone, bytes of a block's shared memory beside that which a launch asks for."""
 
     form: str
     architecture: str

@@ -63,6 +63,7 @@ class StandIn:
         self.libraries = {"nvrtc", "cublas"}
         self.used, self.kept = 0, 0  # bytes that arrays were given, and that the pool has for others
         self.launched, self.products, self.compiled, self.streams = [], [], [], []
+        self.math_modes = {}  # of cuBLAS, by its handle
         self.local = threading.local()
         self.module = types.SimpleNamespace(
             ndarray=Array,
@@ -347,6 +348,8 @@ class StandIn:
             CUBLAS_COMPUTE_64F=70,
             CUBLAS_COMPUTE_32I=72,
             CUBLAS_GEMM_DEFAULT=-1,
+            CUBLAS_DEFAULT_MATH=0,
+            setMathMode=self.math_modes.__setitem__,
             gemmEx=self.gemm,
         )
 
@@ -354,6 +357,7 @@ class StandIn:
         """alpha * op(A) @ op(B) + beta * C at once, of matrices that lie column after column at these addresses."""
         assert handle // 1000 == self.device + 1, "the handle of another device"
         assert algo == -1
+        assert self.math_modes[handle] == 16, "sums in half precision"
         scale = {68: 0, 77: 0, 70: 1, 72: 10}[compute]
         assert not self.own().graph, "cuBLAS while a graph is captured"
         self.own().synchronize()  # what it reads has been put there
