@@ -91,6 +91,28 @@ def test_every_bias_and_mask(device, dtype, size, bias, mask, t):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("t", [70, 1])
+def test_keys_that_a_bias_leaves_out(device, dtype, t):
+    """A score of -inf weighs nothing, also where a whole tile or piece has no other."""
+    arrays, how, wanted = example(device, dtype, 64, t, 300, bias="given", mask="all")
+    wanted["bias"][..., :200] = -np.inf
+    assert how["bias"] is wanted["bias"]
+    found = verdict(device, arrays, how, wanted)
+    assert found, found.reason
+
+
+@pytest.mark.parametrize("t", [1, 40])
+def test_what_cannot_be_counted_stays_with_its_key(device, t):
+    """Neither infinity nor NaN goes to columns of a head, or to keys, that are not there."""
+    for size, column in ((72, 71), (64, 63), (7, 0)):
+        arrays, how, wanted = example(device, "float32", size, t, 130, mask="all")
+        arrays[2][:, 129, 0, column], arrays[2][0, 0, 1, 0] = np.inf, np.nan
+        arrays[0][..., column], arrays[1][0, 5, 0, column] = -1, np.inf  # a score of -inf
+        found = verdict(device, arrays, how, wanted)
+        assert found, (size, found.reason)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_many_keys(device, dtype):
     found = verdict(device, *example(device, dtype, 64, 200, 1025, bias="table", mask="causal", batch=1, heads=1))
     assert found, found.reason
@@ -185,6 +207,11 @@ FAULTS = {
     "no barrier between lanes": (PLAIN, "        __syncwarp();\n", ""),
     "the last piece is left out": (DECODE, "(count + PIECE - 1) / PIECE", "count / PIECE"),
     "the counter of blocks is not cleared": (DECODE, "if (threadIdx.x == 0) *arrived = 0;", ""),
+    "a block that is counted before it has written": (
+        DECODE,
+        "    __syncthreads();\n    if (threadIdx.x == 0) before[0]",
+        "    if (threadIdx.x == 0) before[0]",
+    ),
     "no barrier before it is known who is last": (
         DECODE,
         "before[0] = atomicAdd(arrived, 1);\n    __syncthreads();",

@@ -100,6 +100,21 @@ def test_a_warning_is_an_error(nvrtc, source, said, architecture):
         resources(nvrtc, "planted.cu", ["planted<float>"], architecture, source=source)
 
 
+AN_ARRAY_IN_MEMORY = """#include "device.cuh"
+template <class T>
+__global__ void planted(T* x, int place) {
+    T* rows[3] = {x, x + 7, x + 9};
+    x[threadIdx.x] = rows[place][0];
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_array_in_memory_is_seen(nvrtc, architecture):
+    (found,) = resources(nvrtc, "planted.cu", ["planted<float>"], architecture, source=AN_ARRAY_IN_MEMORY)
+    assert found.spilled
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_spill_is_seen(nvrtc, architecture):
     right, wrong = resources(nvrtc, "planted.cu", ["planted<f16>", "planted<float>"], architecture, source=A_SPILL)

@@ -43,6 +43,10 @@ def test_lanes_that_are_not_in_the_mask(compiled):
     assert found.tolist() == [lane ^ 1 for lane in range(16)] + [0] * 16
     with pytest.raises(EmulationError, match="the mask lacks the lane itself"):
         run(compiled, "int l = threadIdx.x; x0[l] = __shfl_xor_sync(0xffffu, l, 1);", found)
+    with pytest.raises(EmulationError, match="a value of lane 16, which is not in the mask"):
+        run(compiled, "int l = threadIdx.x; if (l < 16) x0[l] = __shfl_sync(0xffffu, l, 16);", found)
+    run(compiled, "int l = threadIdx.x; if (l < 16) x0[l] = int(__ballot_sync(0xffffu, l == 3));", found)
+    assert found.tolist() == [8] * 16 + [0] * 16
 
 
 @pytest.mark.parametrize(("half", "dtype"), [("f16", "float16"), ("bf16", "bfloat16")])
@@ -96,8 +100,12 @@ def test_a_copy_is_there_when_it_is_awaited_and_not_before(compiled):
     given, found = np.arange(128, dtype=np.int32), lanes()
     run(compiled, COPY.format(wait="await_copies();"), given, found, shared=512)
     assert found.tolist() == [0, *range(123, 0, -4)]
-    with pytest.raises(EmulationError, match="what shared memory held before"):
+    with pytest.raises(EmulationError, match=r"cp\.async: a copy that nobody awaits"):
         run(compiled, COPY.format(wait=""), given, found, shared=512)
+    with pytest.raises(EmulationError, match="what shared memory held before"):
+        run(compiled, COPY.format(wait="") + "await_copies();", given, found, shared=512)
+    with pytest.raises(EmulationError, match=r"cp\.async: its place was written to while the copy was under way"):
+        run(compiled, COPY.format(wait="tile[i].x = 7; await_copies();"), given, found, shared=512)
     with pytest.raises(EmulationError, match=r"cp\.async: an address that is no multiple of 16"):
         run(compiled, COPY.format(wait="await_copies();").replace("(x0) + i", "(x0 + i)"), given, found, shared=512)
 
@@ -171,6 +179,37 @@ def test_a_warp_that_writes_where_a_slower_one_reads_is_found(compiled):
     assert found.tolist() == [63 - (i ^ 1) for i in range(64)]
     with pytest.raises(EmulationError, match="depends on the order of the threads"):
         run(compiled, body.format(barrier=""), found, threads=64)
+
+
+LAST = """#include "device.cuh"
+template <class T>
+__global__ void planted(int* parts, int* arrived, int* sums) {
+    SHARED(int, before, [1]);
+    parts += blockIdx.y * gridDim.x * 64;
+    parts[blockIdx.x * 64 + threadIdx.x] = 1;
+    __threadfence();
+    BARRIER
+    if (threadIdx.x == 0) before[0] = atomicAdd(arrived + blockIdx.y, 1);
+    __syncthreads();
+    if (before[0] + 1 != int(gridDim.x)) return;
+    int sum = 0;
+    for (int i = 0; i < int(gridDim.x) * 64; ++i) sum += parts[i];
+    sums[blockIdx.y * 64 + threadIdx.x] = sum;
+}"""
+
+
+def test_a_block_that_is_counted_before_it_has_written_is_found(compiled):
+    """Blocks run at the same time: another may be the last, and read what is not there yet."""
+    for barrier in ("__syncthreads();", ""):
+        arrays = [np.zeros(count, np.int32) for count in (5 * 3 * 64, 5, 5 * 64)]
+        device = Emulated(compiled, sources={"planted.cu": LAST.replace("BARRIER", barrier)})
+        launch = Launch("planted.cu", "planted<int>", (3, 5, 1), (64, 1, 1), tuple(arrays))
+        if barrier:
+            device.launch(launch)
+            assert arrays[2].tolist() == [3 * 64] * (5 * 64)
+        else:
+            with pytest.raises(EmulationError, match="depends on the order of the threads"):
+                device.launch(launch)
 
 
 def test_each_order_finds_what_another_does_not(compiled):

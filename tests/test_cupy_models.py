@@ -222,6 +222,18 @@ def test_variants(compiled, family, config):
     assert device.forbidden == []
 
 
+def test_vectors_at_any_address(compiled):
+    """Products read 16 bytes at once, and nothing says where the rows begin that a layer is given."""
+    backbone = model("opt", Cupy(Emulated(compiled, orders=ONE_ORDER)), word_embed_proj_dim=8, tie_embedding_weights=True)
+    ids, real = np.zeros((2, 3), np.int64), np.ones((2, 3), bool)
+    aside = np.random.default_rng(6).standard_normal(49).astype(np.float32)[1:].reshape(2, 3, 8)
+    with backbone.running():
+        got, wanted = (
+            opt_backbone(ids, real, backbone.device_params, backbone.config, embeddings=x) for x in (aside, aside.copy())
+        )
+    assert got.tobytes() == wanted.tobytes()
+
+
 @pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("mode", ["int8", "weight_int8", "int4"])
 def test_quantised_models(compiled, family, mode):

@@ -16,7 +16,7 @@ from refmodels.ops.position import token_positions
 from refmodels.ops.precision import compute_dtype, numpy_dtype
 from refmodels_cupy.attention import ROOMS, attend
 from refmodels_cupy.cache import append, filled
-from refmodels_cupy.device import MOST_BLOCKS, Device
+from refmodels_cupy.device import MOST_BLOCKS, Device, address
 from refmodels_cupy.elementwise import STORED, elementwise
 from refmodels_cupy.linear import MOST, OPERANDS, WEIGHTS, Products, as_it_is, by_tensor_cores, stored
 from refmodels_cupy.norm import LONGEST as LONGEST_NORM
@@ -218,8 +218,11 @@ def flat_ids(device: Device, ids: Any, shape: tuple[int, ...]) -> Any:
 
 
 def flat_rows(device: Device, x: Any) -> Any:
-    """Activations (b, t, n) as contiguous rows."""
-    return None if x is None else device.xp.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    """Activations (b, t, n) as contiguous rows, from a multiple of 16 bytes on: so much do products read at once."""
+    if x is None:
+        return None
+    rows = device.xp.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    return rows.copy() if address(rows) % 16 else rows
 
 
 def kept(p: Params, name: str, make: Callable[[], Any]) -> Any:

@@ -30,7 +30,6 @@ WIDE_REDUCTIONS = 16
 """CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION of cublas_api.h, which CuPy does not name. Without it cuBLAS may round parts
 of a long sum, which different blocks have made, to the type of the result before it adds them up."""
 
-
 OUT_OF_MEMORY = {("OutOfMemoryError", None), ("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)}
 """CuPy's errors by their names, and their status by the headers of CUDA: of arrays, and of what CUDA keeps for itself, such as
 a graph, the code of a kernel, or what cuBLAS works in."""

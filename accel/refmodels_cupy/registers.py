@@ -28,8 +28,8 @@ DISTRIBUTIONS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one form takes: registers of a thread, bytes of a thread that do not fit into them, bytes of a block's shared memory
-    beside that which a launch asks for."""
+    """What one form takes: registers of a thread, bytes of a thread that do not fit into them or are arrays whose places are
+    known at the launch alone, bytes of a block's shared memory beside that which a launch asks for."""
 
     form: str
     architecture: str
@@ -94,7 +94,7 @@ def _described(form: str, architecture: str, symbol: str, log: str) -> Resources
         found = re.search(pattern, part)
         return int(found[1]) if found else 0
 
-    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    spilled = sum(number(rf"(\d+) bytes {what}") for what in ("stack frame", "spill stores", "spill loads"))
     return Resources(form, architecture, number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
 
 

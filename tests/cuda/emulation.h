@@ -1,10 +1,11 @@
-// CUDA's model of execution on the CPU, for kernels that include device.cuh: blocks one after the other, the threads of a block
-// as fibers that change places at barriers, warp shuffles and matrix products of warps.
+// CUDA's model of execution on the CPU, for kernels that include device.cuh: the threads of a block as fibers that change places at
+// barriers, warp shuffles and matrix products of warps.
 //
-// A kernel with a missing barrier may still be right in one order of its threads: launch() runs it in the order it is told
-// (warps rising or falling, each as far as it comes, or all threads shuffled), and the tests try each. Shared memory of a block is new for each and lies between the sanitizer's
-// red zones. It is filled with bytes that are NaN or huge in most types, other ones for each order: what a kernel reads before it
-// was written differs too. A barrier that not every thread reaches is an error that names it.
+// A kernel with a missing barrier may still be right in one order of its threads: launch() runs it in the order it is told, and the
+// tests try each. Blocks come one after the other and their warps rising or falling, each as far as it comes; or three blocks run at
+// once, whose warps have their turns at random. Shared memory of a block is new for each and lies between the sanitizer's red
+// zones. It is filled with bytes that are NaN or huge in most types, other ones for each order: what a kernel reads before it was
+// written differs too. A barrier that not every thread reaches is an error that names it.
 //
 // This is what kernels see of it, and few headers, since it is compiled anew with each; the rest is compiled once: emulation.cpp.
 #pragma once
@@ -49,6 +50,9 @@ void arrive(Warp& warp, uint32_t mask);
 
 void barrier(const char* where);
 
+// An atomic operation at this place, which may be what other blocks look at: they have their turns first. Not in shared memory.
+void tell_other_blocks(const void* where);
+
 // Memory of the block by its number; the launch tells the size of the dynamic one.
 constexpr int DYNAMIC = -1;
 void* shared_memory(int key, size_t size = 0);
@@ -72,8 +76,9 @@ inline auto collective(uint32_t mask, const T& value, const char* where, Read re
     auto& values = mine.values[mine.generation & 1];
     std::memcpy(values[lane()], &value, sizeof(T));
     arrive(mine, mask);
-    return read([&values](unsigned from) {
+    return read([&](unsigned from) {
         T other;
+        if (!(mask >> from & 1)) fail("%s: a value of lane %u, which is not in the mask", where, from);
         std::memcpy(&other, values[from], sizeof(T));
         return other;
     });
@@ -137,7 +142,8 @@ inline int launch_kernel(void (*kernel)(A...), const unsigned* shape, size_t dyn
 #define __ballot_sync(mask, predicate)                                               \
     emulation::collective(mask, int(bool(predicate)), EMULATION_HERE, [&](auto at) { \
         uint32_t bits = 0;                                                           \
-        for (unsigned i = 0; i < 32; ++i) bits |= uint32_t(at(i)) << i;               \
+        for (unsigned i = 0; i < 32; ++i)                                             \
+            if (uint32_t(mask) >> i & 1) bits |= uint32_t(at(i)) << i;                \
         return bits;                                                                 \
     })
 
@@ -186,9 +192,10 @@ template <class T>
 inline T atomicAdd(T* p, T by) {
     T old = *p;
     *p = old + by;
+    emulation::tell_other_blocks(p);
     return old;
 }
-inline void __threadfence() {}  // blocks run one after the other
+inline void __threadfence() {}  // what a thread writes is there for all at once
 inline float __int_as_float(int x) {
     float y;
     std::memcpy(&y, &x, 4);

@@ -11,6 +11,10 @@
 //     key j      | lane 0: W numbers | lane 1 | ... | lane G - 1 |  and again, C times
 //     key j + 1  | lane G            | ...
 //
+// A lane asks for AHEAD keys before it uses the first: memory takes as long for all of them as for one, and of one row there are
+// few blocks that could wait at the same time. Where there is no key it reads another one and takes zeros, since a load behind a
+// condition waits until the one before it has been used.
+//
 // Pieces are the same whatever the batch and however many keys there are, and whichever block comes last adds them from the first
 // to the last: so a row's result is the same in every run.
 // How many keys a row has may stand in `lengths` on the device: a captured graph has a grid for the whole cache, and blocks that
@@ -38,6 +42,20 @@ __device__ __forceinline__ void load(const T* p, float (&to)[1]) {
     to[0] = widen(*p);
 }
 
+// What a member of a group has of one of `count` rows, C times W numbers of `size`; zeros of what is not there.
+template <int G, class T, int C, int W>
+__device__ __forceinline__ void load_row(const T* rows, int row, int count, int64_t stride, int size, int member,
+                                         float (&to)[C][W]) {
+    const T* from = rows + min(row, count - 1) * stride;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+        int column = (c * G + member) * W;
+        load(from + min(column, size - W), to[c]);
+#pragma unroll
+        for (int w = 0; w < W; ++w) to[c][w] = row < count && column < size ? to[c][w] : 0.0f;
+    }
+}
+
 // The last of `pieces` blocks to come here puts their sums together.
 template <class T>
 __device__ __forceinline__ void merge(const float* partial, T* context, int* arrived, int size, int pieces) {
@@ -48,17 +66,15 @@ __device__ __forceinline__ void merge(const float* partial, T* context, int* arr
     __syncthreads();
     if (before[0] + 1 != pieces) return;
     __threadfence();
-    float peak = FORBIDDEN, total = 0.0f;
+    float peak = FORBIDDEN;
     for (int i = 0; i < pieces; ++i) peak = fmaxf(peak, of_others(partial + int64_t(i) * (size + 2)));
-    for (int i = 0; i < pieces; ++i) {
-        const float* piece = partial + int64_t(i) * (size + 2);
-        total += expf(of_others(piece) - peak) * of_others(piece + 1);
-    }
     for (int column = threadIdx.x; column < size; column += THREADS) {
-        float sum = 0.0f;
+        float total = 0.0f, sum = 0.0f;
         for (int i = 0; i < pieces; ++i) {
             const float* piece = partial + int64_t(i) * (size + 2);
-            sum += expf(of_others(piece) - peak) * of_others(piece + 2 + column);
+            float by = expf(of_others(piece) - peak);
+            total += by * of_others(piece + 1);
+            sum += by * of_others(piece + 2 + column);
         }
         context[column] = narrow<T>(sum / total);
     }
@@ -75,6 +91,7 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
     int causal, const int* positions, int64_t positions_batch, int kind, const float* bias,
     int64_t bias_batch, const int* firsts, int side, int bidirectional) {
     constexpr int AT_ONCE = WARP_SIZE / G;  // keys that a warp reads at once
+    constexpr int AHEAD = 8 / C;            // eight loads of a lane
     SHARED(float, scores, [PIECE]);
     SHARED(float, sums, [WARPS][G * W * C]);
     int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, group = lane / G, member = lane % G;
@@ -98,23 +115,24 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
     }
 
     // Products: those of one key are summed over its group.
-#pragma unroll 4
-    for (int i = 0; i < WARP_SIZE; i += AT_ONCE) {
-        int place = WARP_SIZE * warp + i + group;
-        float product = 0.0f;
+    int first = WARP_SIZE * warp + group;
+#pragma unroll 1
+    for (int i = 0; i < WARP_SIZE; i += AHEAD * AT_ONCE) {
+        float numbers[AHEAD][C][W];
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-            int column = (c * G + member) * W;
-            if (from + place < count && column < size) {
-                float numbers[W];
-                load(key + (from + place) * position_stride + column, numbers);
+        for (int a = 0; a < AHEAD; ++a)
+            load_row<G>(key, from + first + i + a * AT_ONCE, count, position_stride, size, member, numbers[a]);
 #pragma unroll
-                for (int w = 0; w < W; ++w) product += q[c][w] * numbers[w];
-            }
+        for (int a = 0; a < AHEAD; ++a) {
+            float product = 0.0f;
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+#pragma unroll
+                for (int w = 0; w < W; ++w) product += q[c][w] * numbers[a][c][w];
+#pragma unroll
+            for (int by = G / 2; by > 0; by /= 2) product += __shfl_xor_sync(ALL_LANES, product, by);
+            if (member == 0) scores[first + i + a * AT_ONCE] = product;
         }
-#pragma unroll
-        for (int by = G / 2; by > 0; by /= 2) product += __shfl_xor_sync(ALL_LANES, product, by);
-        if (member == 0) scores[place] = product;
     }
     __syncwarp();
 
@@ -130,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
         bool permitted = (!key_mask || key_mask[batch * key_mask_batch + number]) && (!causal || relative <= 0);
         if (!permitted) score = FORBIDDEN;
     }
-    float peak = block_max<THREADS>(score);
+    float peak = fmaxf(block_max<THREADS>(score), FORBIDDEN);  // a bias may make every score -inf
     float weight = expf(score - peak);
     float total = block_sum<THREADS>(weight);
     scores[threadIdx.x] = weight;
@@ -138,19 +156,18 @@ __global__ void __launch_bounds__(THREADS, 8) attention_decode(
 
     // Values: each group sums those of its keys, then the groups of a warp, then the warps are added.
     float sum[C][W] = {};
-#pragma unroll 4
-    for (int i = 0; i < WARP_SIZE; i += AT_ONCE) {
-        int place = WARP_SIZE * warp + i + group;
+#pragma unroll 1
+    for (int i = 0; i < WARP_SIZE; i += AHEAD * AT_ONCE) {
+        float numbers[AHEAD][C][W];
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-            int column = (c * G + member) * W;
-            if (from + place < count && column < size) {
-                float numbers[W];
-                load(value + (from + place) * position_stride + column, numbers);
+        for (int a = 0; a < AHEAD; ++a)
+            load_row<G>(value, from + first + i + a * AT_ONCE, count, position_stride, size, member, numbers[a]);
 #pragma unroll
-                for (int w = 0; w < W; ++w) sum[c][w] += scores[place] * numbers[w];
-            }
-        }
+        for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+#pragma unroll
+                for (int w = 0; w < W; ++w) sum[c][w] += scores[first + i + a * AT_ONCE] * numbers[a][c][w];
     }
 #pragma unroll
     for (int c = 0; c < C; ++c)

@@ -38,7 +38,7 @@ struct Search {
 
 // A row's scratch memory; `best` has the best place of each part.
 struct Scratch {
-    uint64_t* sums[3];
+    uint64_t (*sums)[BINS];  // three; an array of pointers would lie in memory, for its numbers are known at the launch alone
     Search* searches;
     uint64_t* best;
 };
@@ -46,7 +46,7 @@ struct Scratch {
 __device__ __forceinline__ Scratch scratch_of(uint64_t* memory, int row, int v) {
     constexpr int SEARCHES = 2 * sizeof(Search) / sizeof(uint64_t);
     memory += int64_t(row) * (3 * BINS + SEARCHES + parts_of(v));
-    return {{memory, memory + BINS, memory + 2 * BINS},
+    return {reinterpret_cast<uint64_t (*)[BINS]>(memory),
             reinterpret_cast<Search*>(memory + 3 * BINS),
             memory + 3 * BINS + SEARCHES};
 }
