@@ -209,13 +209,13 @@ FAULTS = {
     "the counter of blocks is not cleared": (DECODE, "if (threadIdx.x == 0) *arrived = 0;", ""),
     "a block that is counted before it has written": (
         DECODE,
-        "    __syncthreads();\n    if (threadIdx.x == 0) before[0]",
-        "    if (threadIdx.x == 0) before[0]",
+        "    __syncthreads();\n    if (threadIdx.x == 0) {",
+        "    if (threadIdx.x == 0) {",
     ),
     "no barrier before it is known who is last": (
         DECODE,
-        "before[0] = atomicAdd(arrived, 1);\n    __syncthreads();",
-        "before[0] = atomicAdd(arrived, 1);",
+        "    }\n    __syncthreads();\n    if (before[0]",
+        "    }\n    if (before[0]",
     ),
     "no barrier before warps are added": (DECODE, "    __syncthreads();\n    partial +=", "    partial +="),
     "a group too few": (DECODE, "by < WARP_SIZE; by *= 2", "by < WARP_SIZE / 2; by *= 2"),

@@ -60,12 +60,14 @@ __device__ __forceinline__ void load_row(const T* rows, int row, int count, int6
 template <class T>
 __device__ __forceinline__ void merge(const float* partial, T* context, int* arrived, int size, int pieces) {
     SHARED(int, before, [1]);
-    __threadfence();  // what this block has written is there for all, and only then does it say so
     __syncthreads();
-    if (threadIdx.x == 0) before[0] = atomicAdd(arrived, 1);
+    if (threadIdx.x == 0) {
+        __threadfence();  // what this block has written is there for all, and only then does it say so
+        before[0] = atomicAdd(arrived, 1);
+        __threadfence();  // and only then does it look at what others have written
+    }
     __syncthreads();
     if (before[0] + 1 != pieces) return;
-    __threadfence();
     float peak = FORBIDDEN;
     for (int i = 0; i < pieces; ++i) peak = fmaxf(peak, of_others(partial + int64_t(i) * (size + 2)));
     for (int column = threadIdx.x; column < size; column += THREADS) {
