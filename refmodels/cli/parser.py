@@ -59,6 +59,11 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._intermixing = False
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # That of argparse passes over a text that it could not write, in some versions of Python; in others it does not.
+        if file is not None:  # which standard output is if it was closed before we began
+            file.write(message)
+
     def error(self, message: str) -> NoReturn:
         say(f"refmodels: error: {' '.join(message.split())} (see {self.prog} --help)")
         raise SystemExit(USAGE)
