@@ -12,6 +12,7 @@ With REFMODELS_PEERS=1 in the environment that is a failure, unless the version 
 
 import importlib
 import os
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
@@ -84,6 +85,15 @@ def onnxruntime():
     for name in ("torch", "transformers", "onnxscript", "onnx"):
         package(name, with_old=False)
     return package("onnxruntime", with_old=False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a peer draws, adapters for one, is the same in every run of a test: it agrees each time, or never."""
+    if "keras" in sys.modules:  # imported before, as the packages are fixtures of the session
+        sys.modules["keras"].utils.set_random_seed(0)
+    elif "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,8 @@ def test_we_load_keras_hubs_adapters(keras_hub, agree, tmp_path, variant):
     rng = np.random.default_rng(5)
     for index in peer._lora_enabled_layers:
         b = layers_with_weights(peer)[index].lora_kernel_b
-        b.assign(rng.standard_normal(tuple(b.shape)).astype("float32"))
+        # Small, or T5's unscaled scores grow, and so does what float32 costs: by chance more for one of us than for the other.
+        b.assign(rng.standard_normal(tuple(b.shape)).astype("float32") / 4)
     path = tmp_path / "x.lora.h5"
     peer.save_lora_weights(str(path))
     given = unpadded(variant.partition("_")[0])
