@@ -7,9 +7,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 from refmodels_cupy import compiler
 from refmodels_cupy.device import Gpu
 from stand_in import StandIn
+
+# The same examples in every run: what fails fails again, and for everybody. On a busy machine any of them may take long.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
 
 COUNTED = {
     "planted faults": ("::test_mutant_is_rejected[", "rejected"),

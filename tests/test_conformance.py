@@ -195,7 +195,7 @@ def test_a_kernel_that_takes_nothing_is_not_right():
 
 
 @given(case=cases(layer_norm, "bfloat16"))
-@settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 def test_the_strategy_in_somebodys_own_test(case):
     assert examine(case, Accelerator("nothing")).kernel_calls == 0
     assert case.inputs["x"].dtype.name == "bfloat16"

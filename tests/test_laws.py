@@ -22,10 +22,7 @@ from refmodels.opt import opt_backbone, opt_logits
 from refmodels.parameters import flatten
 from refmodels.t5 import ACTIVATIONS, t5_cross_keys_values, t5_decoder, t5_encoder, t5_logits
 
-settings.register_profile(
-    "laws", deadline=None, derandomize=True, database=None, max_examples=25, suppress_health_check=list(HealthCheck)
-)
-PROFILE = settings.get_profile("laws")
+PROFILE = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 FAMILIES = ("opt", "bloom", "t5")
 BACKBONES = {"opt": OPTBackbone, "bloom": BloomBackbone, "t5": T5Backbone}
 TASKS = {"opt": OPTCausalLM, "bloom": BloomCausalLM, "t5": T5Seq2SeqLM}

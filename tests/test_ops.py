@@ -28,10 +28,7 @@ from refmodels.ops.precision import numpy_dtype
 from refmodels.ops.quantize import row_scale
 from refmodels.ops.sampling import beam_candidates, forbid_ngrams, greedy_token, log_softmax, sample_token
 
-settings.register_profile(
-    "ops", deadline=None, derandomize=True, database=None, max_examples=80, suppress_health_check=list(HealthCheck)
-)
-PROFILE = settings.get_profile("ops")
+PROFILE = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 
 PRIMITIVES = {name: op for name, op in OPS.items() if not op.composite and op.reference.__module__.startswith("refmodels.")}
 FLOATS = ("float32", "float64", "float16", "bfloat16")

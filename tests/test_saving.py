@@ -87,7 +87,7 @@ def models(draw):
 
 
 @given(model=models(), shard=st.sampled_from([1e-7, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_variant_comes_back_from_either_form(tmp_path_factory, model, shard):
     directory = tmp_path_factory.mktemp("round")
     model.save_to_preset(directory / "keras", max_shard_size=shard)

@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data" / "tokenizers"
 CLASSES = {"t5": T5Tokenizer, "opt": OPTTokenizer, "bloom": BloomTokenizer}
 CASES = {f: json.loads((DATA / f / "cases.json").read_text(encoding="utf-8"))["cases"] for f in CLASSES}
 ALL_CASES = [pytest.param(f, case, id=f"{f}-{n}") for f, cases in CASES.items() for n, case in enumerate(cases)]
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def keras_hub_preset(directory: Path, family: str, **config: object) -> Path:
